@@ -1,0 +1,1 @@
+class MobileNetV2Quantization: pass

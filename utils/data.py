@@ -1,0 +1,162 @@
+"""The three sources of images, each ending as one uint8 tensor a split held in memory."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+
+from utils import image_folder, synthetic
+from utils.errors import UserError, one_line
+
+LARGE_TRAIN_SPLIT = 50_000
+VAL_SIZE_OF_LARGE = 5_000
+VAL_FRACTION_OF_SMALL = 0.1
+# Not --seed: weights of one seed must never have seen the val images of another.
+VAL_SPLIT_SEED = 20180113
+DEFAULT_IMAGE_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (N, 3, H, W) uint8, channels last in memory, and labels (N,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: Tensor) -> "Split":
+        """The images at `indices`, in that order."""
+        # (N, H, W, 3) is the layout in memory, so rows are copied as they lie.
+        images = self.images.permute(0, 2, 3, 1)[indices].permute(0, 3, 1, 2)
+        return Split(images, self.labels[indices])
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Channel means and standard deviations as fractions of 255."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """The three splits of a data set and the names of its classes, in label order."""
+
+    train: Split
+    val: Split
+    test: Split
+    class_names: tuple[str, ...]
+
+    def split(self, name: str) -> Split:
+        """`train`, `val` or `test`; an empty split is the user's error.
+
+        Raises:
+            UserError: the split holds no images.
+        """
+        split: Split = getattr(self, name)
+        if not len(split):
+            raise UserError(f"the {name} split holds no images: give a larger --val_size")
+        return split
+
+
+def load_data(args: Namespace, image_size: int | None = None) -> ImageData:
+    """Load what --dataset, --data_dir, --image_size and --val_size name.
+
+    Args:
+        image_size: the side in pixels that a model was trained at; --image_size wins over it.
+
+    Raises:
+        UserError: the images are missing, unreadable or do not make a data set.
+    """
+    side = args.image_size or image_size or DEFAULT_IMAGE_SIZE
+    if args.dataset == "folder":
+        train, test, class_names = image_folder.load(Path(args.data_dir), side)
+    else:
+        if side != DEFAULT_IMAGE_SIZE:
+            raise UserError(
+                f"--image_size {side} goes with --dataset folder: "
+                f"{args.dataset} has images of {DEFAULT_IMAGE_SIZE} pixels"
+            )
+        load = _load_cifar10 if args.dataset == "cifar10" else synthetic.load
+        train, test, class_names = load(Path(args.data_dir))
+    train_split, test_split = _as_split(*train), _as_split(*test)
+    val_size = args.val_size
+    if val_size is None:
+        val_size = default_val_size(len(train_split))
+    if val_size >= len(train_split):
+        raise UserError(f"--val_size {val_size} leaves nothing of {len(train_split)} training images")
+    train_indices, val_indices = stratified_split(train_split.labels, val_size)
+    return ImageData(
+        train_split.subset(train_indices),
+        train_split.subset(val_indices),
+        test_split,
+        tuple(class_names),
+    )
+
+
+def measure_normalization(data: ImageData) -> Normalization:
+    """Means and standard deviations of the training images."""
+    pixels = data.train.images.permute(1, 0, 2, 3).reshape(3, -1).numpy()
+    # Exact and fast: 256 counts a channel tell all that a mean and a deviation need.
+    counts = np.stack([np.bincount(channel, minlength=256) for channel in pixels])
+    values = np.arange(256) / 255
+    mean = (counts * values).sum(1) / counts.sum(1)
+    std = np.sqrt((counts * values**2).sum(1) / counts.sum(1) - mean**2)
+    # A channel of one colour has no deviation; 1/255 keeps the division finite.
+    std = np.maximum(std, 1 / 255)
+    return Normalization(tuple(mean.round(6).tolist()), tuple(std.round(6).tolist()))
+
+
+def default_val_size(train_size: int) -> int:
+    """5,000 images of a large training split, 10 % of a smaller one."""
+    if train_size >= LARGE_TRAIN_SPLIT:
+        return VAL_SIZE_OF_LARGE
+    return round(train_size * VAL_FRACTION_OF_SMALL)
+
+
+def stratified_split(labels: Tensor, val_size: int) -> tuple[Tensor, Tensor]:
+    """Indices of train and val, each class sharing in val by its size; the same at every call.
+
+    Classes are rounded down, and the images still missing go to the largest remainders.
+    """
+    generator = torch.Generator().manual_seed(VAL_SPLIT_SEED)
+    class_sizes = torch.bincount(labels)
+    shares = class_sizes * (val_size / len(labels))
+    val_sizes = shares.floor().long()
+    missing = val_size - int(val_sizes.sum())
+    val_sizes[torch.argsort(shares - val_sizes, descending=True, stable=True)[:missing]] += 1
+    val = []
+    for label, size in enumerate(val_sizes.tolist()):
+        members = torch.nonzero(labels == label).flatten()
+        val.append(members[torch.randperm(len(members), generator=generator)[:size]])
+    val_indices = torch.cat(val).sort().values
+    is_train = torch.ones(len(labels), dtype=torch.bool)
+    is_train[val_indices] = False
+    return torch.nonzero(is_train).flatten(), val_indices
+
+
+def _as_split(images: Tensor, labels: Tensor) -> Split:
+    """From (N, H, W, 3) as images lie on disk to (N, 3, H, W), without a copy."""
+    return Split(images.permute(0, 3, 1, 2), labels)
+
+
+def _load_cifar10(data_dir: Path):
+    splits = []
+    for is_train in (True, False):
+        try:
+            dataset = torchvision.datasets.CIFAR10(data_dir, train=is_train, download=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"CIFAR-10 is not in {data_dir} and could not be downloaded "
+                f"({one_line(error)[:120]}): connect to the network, or use --dataset folder "
+                "(your own images) or --dataset synthetic (drawn by the project)"
+            ) from error
+        splits.append((torch.from_numpy(dataset.data), torch.tensor(dataset.targets)))
+    return *splits, dataset.classes

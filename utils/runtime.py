@@ -1,0 +1,99 @@
+"""What a run depends on besides its arguments: seed, threads, the allocator, versions, the CPU."""
+
+import ctypes
+import json
+import os
+import platform
+import random
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+
+from utils.files import atomic_write
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+
+
+def set_up(seed: int, threads: int | None) -> None:
+    """Seed every generator, set the number of threads and keep freed memory in the process."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to reuse large blocks instead of returning them to the system.
+
+    By default every activation is mapped afresh and its pages are faulted in again at each step,
+    which takes almost half of a training step on a CPU. Other C libraries are left as they are.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    # The largest value that an int parameter takes; glibc itself caps the mmap threshold by
+    # falling back to the heap when it is exceeded.
+    for parameter, value in (
+        (M_MMAP_THRESHOLD, 2**31 - 1),
+        (M_TRIM_THRESHOLD, 2**31 - 1),
+        (M_TOP_PAD, 2**28),
+    ):
+        libc.mallopt(parameter, value)
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("model name", "Model")):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON and `torch.load(weights_only=True)` take it."""
+    if isinstance(value, Namespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items() if not callable(v)}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, os.PathLike):
+        return str(value)
+    return value
+
+
+def write_record(path: str | os.PathLike, args: Namespace, results: dict[str, Any]) -> None:
+    """Write measured numbers as JSON, beside the command, its arguments, versions and CPU."""
+    record = {
+        "command": " ".join(["python", *sys.argv]),
+        "arguments": plain(args),
+        "versions": versions(),
+        "cpu": cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "results": plain(results),
+    }
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")

@@ -1,0 +1,2 @@
+def load(data_dir):
+    raise NotImplementedError
