@@ -1,1 +1,2 @@
-class MobileNetV2Quantization: pass
+class MobileNetV2Quantization:
+    pass

@@ -87,8 +87,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--val_size",
         type=non_negative_int,
-        help="training images held out as val (default: 5000, or 10 %% of a train split "
-        "smaller than 50000)",
+        help="training images held out as val (default: 5000, or 10 %% of a train split smaller than 50000)",
     )
 
 

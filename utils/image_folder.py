@@ -85,7 +85,9 @@ def _signature(data_dir: Path, files: dict[str, list[os.DirEntry]], image_size: 
         for entry in files[split]:
             status = entry.stat()
             name = os.path.relpath(entry.path, data_dir)
-            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+            digest.update(
+                f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape")
+            )
     return digest.hexdigest()
 
 
@@ -112,7 +114,9 @@ def _decode(
                 image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
             images[index] = pil_to_tensor(image).permute(1, 2, 0)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"image {path} cannot be read ({one_line(error)[:120]}): replace or remove it") from error
+            raise UserError(
+                f"image {path} cannot be read ({one_line(error)[:120]}): replace or remove it"
+            ) from error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         progress = tqdm(

@@ -52,9 +52,7 @@ class ModelStatistics:
 def prunable_layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
     """The layers whose weights can be pruned, in forward order: name to convolution or linear."""
     return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear)
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)
     }
 
 

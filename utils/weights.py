@@ -63,9 +63,7 @@ def save_weights(path: str | os.PathLike, weights: Weights, args: Namespace) -> 
         torch.save(content, temporary)
 
 
-def load_weights(
-    path: str | os.PathLike, kind: str = "float", output_stride: int | None = None
-) -> Weights:
+def load_weights(path: str | os.PathLike, kind: str = "float", output_stride: int | None = None) -> Weights:
     """Rebuild the model from the file alone.
 
     Args:
@@ -151,9 +149,7 @@ def _from_bare_state_dict(path: Path, content: dict[str, Any]) -> dict[str, Any]
     """Read the architecture off the shapes."""
     head, stem = content.get("classifier.1.weight"), content.get("features.0.0.weight")
     if not (isinstance(head, Tensor) and isinstance(stem, Tensor) and head.ndim == 2 and stem.ndim == 4):
-        raise UserError(
-            f"{path} is not MobileNetV2's: it has no classifier.1.weight and features.0.0.weight"
-        )
+        raise UserError(f"{path} is not MobileNetV2's: it has no classifier.1.weight and features.0.0.weight")
     shapes = {name: value.shape for name, value in content.items() if isinstance(value, Tensor)}
     # Channels are rounded to multiples of 8, so a few candidates tell the width multiplier.
     for width_mult in (1.0, 1.4, 1.3, 0.75, 0.5, 0.35, 0.25, 0.1, 1.1, 1.2, 1.5, 1.75, 2.0):
@@ -199,7 +195,9 @@ def _rebuild(path: Path, content: dict[str, Any], output_stride: int | None) -> 
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} does not fit MobileNetV2 ({one_line(error)[:200]})") from error
     if weights.class_names and len(weights.class_names) != architecture["num_classes"]:
-        raise UserError(f"{path} names {len(weights.class_names)} classes for {architecture['num_classes']} outputs")
+        raise UserError(
+            f"{path} names {len(weights.class_names)} classes for {architecture['num_classes']} outputs"
+        )
     for name, value in model.state_dict().items():
         if not torch.isfinite(value).all():
             raise UserError(f"{path} holds NaN or infinity in {name}: the training had diverged")

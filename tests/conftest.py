@@ -1,0 +1,85 @@
+"""What the tests share: running a script as a user does, a tiny data set, tiny weights."""
+
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TINY_CLASSES = ("blue", "green", "red")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def run_script():
+    """Run a script from the repository's root and assert how it ends."""
+
+    def run(*argv: object, expect: int = 0, **kwargs) -> subprocess.CompletedProcess:
+        done = subprocess.run(
+            [sys.executable, *map(str, argv)],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            **kwargs,
+        )
+        assert done.returncode == expect, f"{argv}\n{done.stdout}\n{done.stderr}"
+        if expect == 2:
+            assert "Traceback" not in done.stderr
+            lines = done.stderr.strip().splitlines()
+            assert len(lines) == 1, done.stderr
+            assert lines[0].startswith("error:")
+        return done
+
+    return run
+
+
+def write_image(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """Three classes told apart by their colour: 60 images a class in train, 30 in test."""
+    folder = tmp_path_factory.mktemp("tiny")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 60), ("test", 30)):
+        for channel, name in zip((2, 1, 0), TINY_CLASSES, strict=True):
+            for index in range(count):
+                pixels = random.integers(0, 160, (32, 32, 3))
+                pixels[..., channel] += random.integers(20, 90)
+                write_image(folder / split / name / f"{index:04d}.png", pixels.astype(np.uint8))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory) -> Path:
+    """A narrow untrained model for `tiny_folder`, with batch-norm statistics that are not trivial."""
+    from models import MobileNetV2
+    from utils.data import Normalization
+    from utils.weights import Weights, save_weights
+
+    torch.manual_seed(0)
+    model = MobileNetV2(num_classes=3, width_mult=0.1, output_stride=32)
+    model.train()
+    with torch.no_grad():
+        for _ in range(20):
+            model(torch.randn(16, 3, 32, 32))
+    path = tmp_path_factory.mktemp("weights") / "tiny.pth"
+    weights = Weights(
+        model.eval(),
+        class_names=TINY_CLASSES,
+        normalization=Normalization((0.35, 0.35, 0.35), (0.2, 0.2, 0.2)),
+    )
+    save_weights(path, weights, Namespace())
+    return path

@@ -1,0 +1,320 @@
+"""The one training loop: epochs, selection on val, the printed table, checkpoints and resuming."""
+
+import copy
+import csv
+import os
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from utils.batches import AUGMENTATIONS, Batches
+from utils.cli import non_negative_int, positive_int
+from utils.errors import UserError
+from utils.files import atomic_write, check_output
+from utils.runtime import plain
+from utils.weights import read_pickle
+
+CHECKPOINT_FORMAT = "mobilenetv2-checkpoint"
+LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From images (B, 3, H, W), logits (B, classes) and labels (B,) to the mean loss."""
+
+
+class Stateful(Protocol):
+    """What a checkpoint keeps: models, optimizers, schedules, averages, pruners."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+@dataclass
+class Run:
+    """Everything that a training run is made of.
+
+    Args:
+        model: trained in place.
+        batches: shuffled training batches; the epoch is set by `fit`.
+        optimizer: over the model's parameters.
+        scheduler: stepped after each batch.
+        epochs: the run's length.
+        loss_function: see LossFunction.
+        candidate: called after each epoch; gives the model that would be kept now and its
+            accuracy on val in percent (None without val images: then the last epoch is kept).
+        after_step: each called without arguments after each optimizer step.
+        before_epoch: each called with the epoch's number, from 1.
+        first_selectable_epoch: earlier ones are never kept (a pruning schedule still under way).
+        state: further objects that a resumed run needs, by name.
+    """
+
+    model: nn.Module
+    batches: Batches
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    epochs: int
+    loss_function: LossFunction
+    candidate: Callable[[], tuple[nn.Module, float | None]]
+    after_step: list[Callable[[], None]] = field(default_factory=list)
+    before_epoch: list[Callable[[int], None]] = field(default_factory=list)
+    first_selectable_epoch: int = 1
+    state: dict[str, Stateful] = field(default_factory=dict)
+
+    def stateful(self) -> dict[str, Stateful]:
+        """Everything whose state a checkpoint keeps."""
+        return {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            **self.state,
+        }
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """A row of the printed table and of the history CSV."""
+
+    epoch: int
+    loss: float
+    train_accuracy_pct: float
+    val_accuracy_pct: float | None
+    lr: float
+    images_per_s: float
+    seconds: float
+
+    HEADER = "epoch     loss  train %    val %        lr    img/s       s"
+
+    def __str__(self) -> str:
+        val = f"{self.val_accuracy_pct:8.2f}" if self.val_accuracy_pct is not None else "       –"
+        return (
+            f"{self.epoch:5d}  {self.loss:7.4f}  {self.train_accuracy_pct:7.2f} {val}  "
+            f"{self.lr:8.2e}  {self.images_per_s:7.0f}  {self.seconds:6.1f}"
+        )
+
+
+@dataclass
+class Progress:
+    """How far a run has come, and the best that it has found."""
+
+    history: list[Epoch] = field(default_factory=list)
+    best_epoch: int = 0
+    best_accuracy_pct: float | None = None
+    best_state: dict[str, Any] | None = None
+
+
+def cross_entropy(label_smoothing: float = 0.0) -> LossFunction:
+    """Cross-entropy against the labels, smoothed by `label_smoothing`."""
+    criterion = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+    return lambda _images, logits, labels: criterion(logits, labels)
+
+
+def train_one_epoch(
+    model: nn.Module,
+    batches: Batches,
+    optimizer: torch.optim.Optimizer,
+    loss_function: LossFunction,
+    after_step: list[Callable[[], None]],
+) -> tuple[float, float]:
+    """Train on every batch once; returns the mean loss and the accuracy in percent on the way.
+
+    Raises:
+        UserError: the loss is no longer finite.
+    """
+    model.train()
+    loss_sum, correct, total = torch.zeros((), dtype=torch.double), torch.zeros((), dtype=torch.long), 0
+    progress = tqdm(batches, desc="training", leave=False, disable=not sys.stderr.isatty())
+    for images, labels in progress:
+        logits = model(images)
+        loss = loss_function(images, logits, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for hook in after_step:
+            hook()
+        loss_sum += loss.detach().double() * len(labels)
+        correct += (logits.detach().argmax(1) == labels).sum()
+        total += len(labels)
+    mean_loss = loss_sum.item() / total
+    if not mean_loss < float("inf"):
+        raise UserError("the loss is no longer a finite number: give a lower --lr and start again")
+    return mean_loss, 100 * correct.item() / total
+
+
+def add_training_arguments(parser: ArgumentParser, epochs: int, batch_size: int) -> None:
+    """--epochs, --batch_size, --augment, --cutout_size, --history, --resume."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=positive_int, default=epochs, help="passes over the training images")
+    group.add_argument("--batch_size", type=positive_int, default=batch_size, help="images a step")
+    group.add_argument("--augment", choices=AUGMENTATIONS, default="crop_flip", help="what varies the images")
+    group.add_argument(
+        "--cutout_size",
+        type=non_negative_int,
+        default=8,
+        help="side in pixels of what --augment crop_flip_cutout cuts",
+    )
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the checkpoint that an interrupted run left beside --output",
+    )
+
+
+def checkpoint_path(output: str | os.PathLike) -> Path:
+    """Where the run that writes `output` leaves its checkpoint."""
+    output = Path(output)
+    return output.with_name(f"{output.stem}.checkpoint.pth")
+
+
+def history_path(output: str | os.PathLike) -> Path:
+    """Where the run that writes `output` leaves its epoch table as CSV."""
+    output = Path(output)
+    return output.with_name(f"{output.stem}.history.csv")
+
+
+def check_training_outputs(args: Namespace) -> None:
+    """Check --output before the work starts, and that --resume has something to go on from.
+
+    Raises:
+        UserError: nothing can be written, files exist and --force is off, or nothing to resume.
+    """
+    checkpoint = checkpoint_path(args.output)
+    if args.resume and not checkpoint.is_file():
+        raise UserError(f"--resume finds no checkpoint {checkpoint}: start the run without it")
+    if not args.resume and not args.force and checkpoint.exists():
+        raise UserError(
+            f"{checkpoint} is from an interrupted run: give --resume to go on with it, or --force to start again"
+        )
+    check_output(args.output, force=args.force or args.resume)
+
+
+def fit(run: Run, args: Namespace) -> Progress:
+    """Train for `run.epochs` epochs, print the table, and load the best state into the candidate.
+
+    After each epoch a checkpoint and the history CSV are written beside `args.output`; with
+    `args.resume` the run goes on from there, with what an unbroken run would have had: weights,
+    optimizer, schedule, averages, and random draws, which depend on seed and epoch alone.
+
+    Raises:
+        UserError: the checkpoint is not of this run, or the loss is not finite.
+        KeyboardInterrupt: Ctrl-C; the last finished epoch stands in the checkpoint.
+    """
+    checkpoint = checkpoint_path(args.output)
+    progress = Progress()
+    if args.resume:
+        progress = _load_checkpoint(checkpoint, run, args)
+    else:
+        _save_checkpoint(checkpoint, run, args, progress)
+    print(Epoch.HEADER)
+    for epoch in progress.history:
+        print(epoch)
+    try:
+        for number in range(len(progress.history) + 1, run.epochs + 1):
+            epoch = _one_epoch(run, args, number, progress)
+            progress.history.append(epoch)
+            print(epoch, flush=True)
+            _write_history(history_path(args.output), progress.history)
+            _save_checkpoint(checkpoint, run, args, progress)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"{len(progress.history)} of {run.epochs} epochs are in {checkpoint}; "
+            "the same command with --resume goes on from there"
+        ) from None
+    return progress
+
+
+def finish(args: Namespace) -> None:
+    """Remove the checkpoint once the run's output is written."""
+    checkpoint_path(args.output).unlink(missing_ok=True)
+
+
+def _one_epoch(run: Run, args: Namespace, number: int, progress: Progress) -> Epoch:
+    # Dropout draws from the global generator; seeding it an epoch at a time makes a resumed run
+    # draw what an unbroken one does.
+    torch.manual_seed(args.seed * 1_000_003 + number)
+    for hook in run.before_epoch:
+        hook(number)
+    lr = max(group["lr"] for group in run.optimizer.param_groups)
+    batches = replace(run.batches, epoch=number)
+    start = time.perf_counter()
+    loss, train_accuracy_pct = train_one_epoch(
+        run.model, batches, run.optimizer, run.loss_function, [run.scheduler.step, *run.after_step]
+    )
+    seconds = time.perf_counter() - start
+    model, val_accuracy_pct = run.candidate()
+    if number >= run.first_selectable_epoch and (
+        progress.best_state is None
+        or val_accuracy_pct is None
+        or val_accuracy_pct > progress.best_accuracy_pct
+    ):
+        progress.best_epoch = number
+        progress.best_accuracy_pct = val_accuracy_pct
+        progress.best_state = copy.deepcopy(model.state_dict())
+    return Epoch(
+        number, loss, train_accuracy_pct, val_accuracy_pct, lr, _trained_images(batches) / seconds, seconds
+    )
+
+
+def _trained_images(batches: Batches) -> int:
+    return min(len(batches) * batches.batch_size, len(batches.split))
+
+
+# The run's outcome does not depend on these, so a resumed run may change them.
+FREE_TO_CHANGE = {"resume", "force", "threads", "record", "output", "data_dir"}
+
+
+def _save_checkpoint(path: Path, run: Run, args: Namespace, progress: Progress) -> None:
+    content = {
+        "format": CHECKPOINT_FORMAT,
+        "arguments": plain(args),
+        "state": {name: value.state_dict() for name, value in run.stateful().items()},
+        "progress": {
+            "history": [_as_dict(epoch) for epoch in progress.history],
+            "best_epoch": progress.best_epoch,
+            "best_accuracy_pct": progress.best_accuracy_pct,
+            "best_state": progress.best_state,
+        },
+    }
+    with atomic_write(path) as temporary:
+        torch.save(content, temporary)
+
+
+def _load_checkpoint(path: Path, run: Run, args: Namespace) -> Progress:
+    content = read_pickle(path)
+    if content.get("format") != CHECKPOINT_FORMAT:
+        raise UserError(f"{path} is not a checkpoint of an interrupted run: start again without --resume")
+    then, now = content["arguments"], plain(args)
+    for name in sorted((then.keys() | now.keys()) - FREE_TO_CHANGE):
+        if then.get(name) != now.get(name):
+            raise UserError(
+                f"{path} was made with --{name} {then.get(name)}, not {now.get(name)}: "
+                "give the same arguments, or start again with --force"
+            )
+    try:
+        for name, value in run.stateful().items():
+            value.load_state_dict(content["state"][name])
+        progress = content["progress"]
+        progress["history"] = [Epoch(**row) for row in progress["history"]]
+        return Progress(**progress)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{path} does not fit this run: start again without --resume, with --force"
+        ) from error
+
+
+def _as_dict(epoch: Epoch) -> dict[str, Any]:
+    return {f.name: getattr(epoch, f.name) for f in fields(Epoch)}
+
+
+def _write_history(path: Path, history: list[Epoch]) -> None:
+    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Epoch)])
+        writer.writeheader()
+        for epoch in history:
+            row = _as_dict(epoch)
+            writer.writerow({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
