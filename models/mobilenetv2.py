@@ -14,6 +14,7 @@ from torch import Tensor, nn
 STEM_STRIDES = {32: 2, 16: 1, 8: 1}
 STAGE_24_STRIDES = {32: 2, 16: 2, 8: 1}
 OUTPUT_STRIDES = tuple(STEM_STRIDES)
+FIRST_BLOCK_OF_STAGE_24 = 2
 
 
 def inverted_residual_settings(output_stride: int) -> list[tuple[int, int, int, int]]:
@@ -127,6 +128,13 @@ class MobileNetV2(nn.Module):
         self.features = nn.Sequential(*features)
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(head_channels, num_classes))
         self._initialize_weights()
+
+    def set_output_stride(self, output_stride: int) -> None:
+        """Run the same weights at another output stride (coarser is faster, finer more accurate)."""
+        self.architecture["output_stride"] = output_stride
+        self.features[0][0].stride = (STEM_STRIDES[output_stride],) * 2
+        depthwise = self.features[FIRST_BLOCK_OF_STAGE_24].conv[1][0]
+        depthwise.stride = (STAGE_24_STRIDES[output_stride],) * 2
 
     def _initialize_weights(self) -> None:
         for module in self.modules():

@@ -1,0 +1,186 @@
+"""Train MobileNetV2 and write one weights file; selects on val, reports test once at the end.
+
+The published recipe is `--optimizer adam --lr 1e-4 --scheduler none --weight_decay 0 --augment none
+--batch_size 32 --epochs 24 --output_stride 32`.
+"""
+
+import argparse
+
+import torch
+from torch import nn
+
+from models import MobileNetV2
+from models.mobilenetv2 import OUTPUT_STRIDES
+from utils import cli, errors, files, runtime
+from utils.batches import Batches
+from utils.data import load_data, measure_normalization
+from utils.errors import UserError
+from utils.evaluation import evaluate
+from utils.optimization import (
+    ExponentialMovingAverage,
+    add_optimization_arguments,
+    build_optimizer,
+    build_scheduler,
+)
+from utils.pretrained import load_pretrained
+from utils.training import (
+    Run,
+    add_training_arguments,
+    check_training_outputs,
+    cross_entropy,
+    finish,
+    fit,
+)
+from utils.weights import Weights, load_weights, save_weights
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.ArgumentParser(__doc__)
+    parser.add_argument("--output", default="weights/mobilenetv2.pth", help="weights file to write")
+    cli.add_force_argument(parser)
+    model = parser.add_argument_group("model")
+    model.add_argument("--output_stride", type=int, choices=sorted(OUTPUT_STRIDES), default=16)
+    model.add_argument("--width_mult", type=cli.positive_float, default=1.0)
+    model.add_argument("--dropout", type=cli.fraction_below_one, default=0.2)
+    start = model.add_mutually_exclusive_group()
+    start.add_argument("--weights", help="weights file to start from instead of random weights")
+    start.add_argument(
+        "--pretrained", action="store_true", help="start from torchvision's ImageNet weights (downloaded)"
+    )
+    add_training_arguments(parser, epochs=30, batch_size=128)
+    parser.add_argument(
+        "--early_output_strides",
+        type=early_output_stride,
+        nargs="+",
+        default=[],
+        metavar="STRIDE:EPOCHS",
+        help="epochs at coarser (faster) output strides before --output_stride, such as 32:10 16:10",
+    )
+    add_optimization_arguments(parser, lr=0.2, weight_decay=5e-4)
+    parser.add_argument(
+        "--ema",
+        type=cli.fraction_below_one,
+        default=0.0,
+        help="decay of a moving average of the weights, which is then what is kept; 0 is off",
+    )
+    cli.add_data_arguments(parser)
+    cli.add_runtime_arguments(parser)
+    cli.add_record_argument(parser)
+    return parser
+
+
+def early_output_stride(text: str) -> tuple[int, int]:
+    """STRIDE:EPOCHS as two numbers."""
+    stride, _, epochs = text.partition(":")
+    if not (stride.isdecimal() and epochs.isdecimal() and int(stride) in OUTPUT_STRIDES):
+        raise argparse.ArgumentTypeError(f"{text!r} must be STRIDE:EPOCHS, such as 32:10")
+    return int(stride), int(epochs)
+
+
+def output_stride_by_epoch(args: argparse.Namespace) -> list[int]:
+    """The output stride of each epoch.
+
+    Raises:
+        UserError: the early epochs leave none at the model's own output stride.
+    """
+    strides = [stride for stride, epochs in args.early_output_strides for _ in range(epochs)]
+    if len(strides) >= args.epochs:
+        raise UserError(
+            f"--early_output_strides takes {len(strides)} of {args.epochs} epochs: "
+            "leave at least one at --output_stride"
+        )
+    return strides + [args.output_stride] * (args.epochs - len(strides))
+
+
+def build_model(args: argparse.Namespace, num_classes: int) -> MobileNetV2:
+    """A model with random, given or ImageNet weights."""
+    if args.weights:
+        given = load_weights(args.weights, output_stride=args.output_stride).model
+        if given.architecture["width_mult"] != args.width_mult:
+            raise UserError(
+                f"{args.weights} has --width_mult {given.architecture['width_mult']}, not {args.width_mult}"
+            )
+        if given.architecture["num_classes"] != num_classes:
+            raise UserError(
+                f"{args.weights} has {given.architecture['num_classes']} classes, the images {num_classes}"
+            )
+    model = MobileNetV2(num_classes, args.width_mult, args.dropout, args.output_stride)
+    if args.weights:
+        model.load_state_dict(given.state_dict())
+    elif args.pretrained:
+        load_pretrained(model)
+    return model.to(memory_format=torch.channels_last)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train, select on val, save, report test."""
+    runtime.set_up(args.seed, args.threads)
+    check_training_outputs(args)
+    strides = output_stride_by_epoch(args)
+    data = load_data(args)
+    normalization = measure_normalization(data)
+    model = build_model(args, len(data.class_names))
+    average = ExponentialMovingAverage(model, args.ema) if args.ema else None
+    kept: nn.Module = average.module if average else model
+
+    batches = Batches(
+        data.train,
+        normalization,
+        args.batch_size,
+        shuffle=True,
+        augment=args.augment,
+        cutout_size=args.cutout_size,
+        drop_last=len(data.train) > args.batch_size,
+        seed=args.seed,
+    )
+    optimizer = build_optimizer(model, args)
+
+    def candidate() -> tuple[nn.Module, float | None]:
+        if not len(data.val):
+            return kept, None
+        return kept, evaluate(kept, Batches(data.val, normalization, 500)).accuracy_pct
+
+    def set_output_stride(epoch: int) -> None:
+        for stepped in (model, kept):
+            stepped.set_output_stride(strides[epoch - 1])
+
+    progress = fit(
+        Run(
+            model=model,
+            batches=batches,
+            optimizer=optimizer,
+            scheduler=build_scheduler(optimizer, args, args.epochs * len(batches)),
+            epochs=args.epochs,
+            loss_function=cross_entropy(args.label_smoothing),
+            candidate=candidate,
+            after_step=[lambda: average.update_parameters(model)] if average else [],
+            before_epoch=[set_output_stride],
+            first_selectable_epoch=1 + sum(epochs for _, epochs in args.early_output_strides),
+            state={"average": average} if average else {},
+        ),
+        args,
+    )
+
+    kept.load_state_dict(progress.best_state)
+    test = evaluate(kept, Batches(data.test, normalization, 500))
+    metrics = {
+        "best_epoch": progress.best_epoch,
+        "val_accuracy_pct": progress.best_accuracy_pct,
+        "test_accuracy_pct": test.accuracy_pct,
+        "test_loss": test.loss,
+    }
+    image_size = data.train.images.shape[-1]
+    save_weights(
+        args.output, Weights(kept, "float", data.class_names, normalization, image_size, metrics), args
+    )
+    if args.record:
+        runtime.write_record(args.record, args, metrics)
+    finish(args)
+    print(f"kept epoch {progress.best_epoch} of {args.epochs}")
+    print(f"test accuracy {test.accuracy_pct:.2f} % ({test.correct} / {test.total}), loss {test.loss:.4f}")
+    print(f"wrote {args.output} ({files.file_size_mb(args.output):.2f} MB)")
+
+
+if __name__ == "__main__":
+    errors.run(lambda: main(get_args_parser().parse_args()))
