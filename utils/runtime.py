@@ -16,7 +16,7 @@ import torchvision
 
 from utils.files import atomic_write
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # numbers in glibc's malloc.h
 
 
 def set_up(seed: int, threads: int | None) -> None:
@@ -38,13 +38,9 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
-    # The largest value that an int parameter takes; glibc itself caps the mmap threshold by
-    # falling back to the heap when it is exceeded.
-    for parameter, value in (
-        (M_MMAP_THRESHOLD, 2**31 - 1),
-        (M_TRIM_THRESHOLD, 2**31 - 1),
-        (M_TOP_PAD, 2**28),
-    ):
+    # Blocks of any size come from the heap (glibc caps the mmap threshold at 32 MiB, an activation
+    # is often larger), the heap grows in large steps and is never trimmed.
+    for parameter, value in ((M_MMAP_MAX, 0), (M_TOP_PAD, 2**28), (M_TRIM_THRESHOLD, 2**31 - 1)):
         libc.mallopt(parameter, value)
 
 
