@@ -4,7 +4,21 @@ import argparse
 import math
 from typing import NoReturn
 
-from utils.errors import EXIT_BAD_INPUT
+from utils.errors import EXIT_BAD_INPUT, one_line
+
+LARGEST_INT = 2**31 - 1
+LARGEST_SEED = 2**32 - 1  # numpy's
+MOST_THREADS = 1024  # torch dies of many more
+
+
+class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default where there is one to speak of and the help does not name it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        is_nothing = action.default is None or action.default is False or action.default == []
+        if is_nothing or "(default:" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -14,32 +28,44 @@ class ArgumentParser(argparse.ArgumentParser):
         # The first paragraph of a script's docstring is its intent; the rest is for readers.
         super().__init__(
             description=(description or "").split("\n\n")[0],
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=DefaultsFormatter,
             allow_abbrev=False,
         )
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_BAD_INPUT, f"error: {self.prog}: {message} (see --help)\n")
+        """End with exit code 2 and one line."""
+        self.exit(EXIT_BAD_INPUT, f"error: {self.prog}: {one_line(message)} (see --help)\n")
 
 
 def _number(text: str, kind: type, accept, requirement: str):
     try:
         value = kind(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or not accept(value):
+        is_fine = math.isfinite(value) and accept(value)
+    except (ValueError, OverflowError):
+        is_fine = False
+    if not is_fine:
         raise argparse.ArgumentTypeError(f"{text!r} must be {requirement}")
     return value
 
 
 def positive_int(text: str) -> int:
     """An integer of at least 1."""
-    return _number(text, int, lambda v: v >= 1, "a whole number of at least 1")
+    return _number(text, int, lambda v: 1 <= v <= LARGEST_INT, "a whole number of at least 1")
 
 
 def non_negative_int(text: str) -> int:
     """An integer of at least 0."""
-    return _number(text, int, lambda v: v >= 0, "a whole number of at least 0")
+    return _number(text, int, lambda v: 0 <= v <= LARGEST_INT, "a whole number of at least 0")
+
+
+def seed(text: str) -> int:
+    """An integer that every generator takes as its seed."""
+    return _number(text, int, lambda v: 0 <= v <= LARGEST_SEED, f"a whole number from 0 to {LARGEST_SEED}")
+
+
+def thread_count(text: str) -> int:
+    """A number of CPU threads."""
+    return _number(text, int, lambda v: 1 <= v <= MOST_THREADS, f"a whole number from 1 to {MOST_THREADS}")
 
 
 def positive_float(text: str) -> float:
@@ -94,8 +120,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def add_runtime_arguments(parser: argparse.ArgumentParser) -> None:
     """--seed and --threads."""
     group = parser.add_argument_group("runtime")
-    group.add_argument("--seed", type=non_negative_int, default=0, help="seed of every random choice")
-    group.add_argument("--threads", type=positive_int, help="CPU threads (default: one a core)")
+    group.add_argument("--seed", type=seed, default=0, help="seed of every random choice")
+    group.add_argument("--threads", type=thread_count, help="CPU threads (default: one a core)")
 
 
 def add_force_argument(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,10 @@
 """The one kind of error that is the user's to mend, and how a script ends on it."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -17,16 +20,32 @@ def one_line(text: object) -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`; bad input ends with exit code 2 and one line, Ctrl-C with 130."""
+    """Run a script's `main`; bad input ends with exit code 2 and one line, Ctrl-C with 130.
+
+    SIGTERM, which batch systems send ahead of the end, counts as Ctrl-C: files are closed and
+    checkpoints named in the same way.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+        _end(f"error: {one_line(error)}", EXIT_BAD_INPUT)
     except KeyboardInterrupt as interrupt:
-        print(f"interrupted{': ' if interrupt.args else ''}{one_line(interrupt)}", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        _end(f"interrupted{': ' if interrupt.args else ''}{one_line(interrupt)}", EXIT_INTERRUPTED)
     except BrokenPipeError:
-        # The reader (`| head`) has gone; the interpreter must not complain once more at exit.
-        sys.stderr.close()
+        # The reader (`| head`) has gone. What is still in the buffer goes nowhere, or else the
+        # interpreter complains once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        _end(
+            "error: the memory does not suffice: give a smaller --batch_size or --image_size", EXIT_BAD_INPUT
+        )
+
+
+def _end(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(code)

@@ -14,7 +14,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from utils.errors import UserError, one_line
-from utils.files import atomic_write
+from utils.files import save_torch
 
 SPLITS = ("train", "test")
 CACHE_FORMAT = 1
@@ -37,8 +37,7 @@ def load(data_dir: Path, image_size: int) -> tuple[LabelledImages, LabelledImage
     if splits is None:
         splits = {split: _decode(data_dir, files[split], class_names, image_size) for split in SPLITS}
         try:
-            with atomic_write(cache) as temporary:
-                torch.save({"signature": signature, "splits": splits}, temporary)
+            save_torch(cache, {"signature": signature, "splits": splits})
         except UserError as error:
             print(f"note: the decoded images are not cached: {error}", file=sys.stderr)
     return splits["train"], splits["test"], class_names

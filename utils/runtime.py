@@ -59,8 +59,8 @@ def versions() -> dict[str, str]:
     """Versions of what computes."""
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torch": str(torch.__version__),  # a class of its own, which torch.load refuses
+        "torchvision": str(torchvision.__version__),
         "numpy": np.__version__,
     }
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from utils.batches import AUGMENTATIONS, Batches
 from utils.cli import non_negative_int, positive_int
 from utils.errors import UserError
-from utils.files import atomic_write, check_output
+from utils.files import atomic_write, check_output, save_torch
 from utils.runtime import plain
 from utils.weights import read_pickle
 
@@ -280,8 +280,7 @@ def _save_checkpoint(path: Path, run: Run, args: Namespace, progress: Progress) 
             "best_state": progress.best_state,
         },
     }
-    with atomic_write(path) as temporary:
-        torch.save(content, temporary)
+    save_torch(path, content)
 
 
 def _load_checkpoint(path: Path, run: Run, args: Namespace) -> Progress:

@@ -1,7 +1,10 @@
 """The one file that weights travel in, and the checks of what comes back."""
 
+import math
 import os
 import pickle
+import re
+import warnings
 import zipfile
 from argparse import Namespace
 from dataclasses import asdict, dataclass, field
@@ -15,16 +18,19 @@ from models import MobileNetV2, MobileNetV2Quantization
 from models.mobilenetv2 import OUTPUT_STRIDES
 from utils.data import DEFAULT_IMAGE_SIZE, ImageData, Normalization
 from utils.errors import UserError, one_line
-from utils.files import atomic_write, check_input
+from utils.files import check_input, save_torch
 from utils.runtime import plain, versions
 
 FORMAT = "mobilenetv2-weights"
 FORMAT_VERSION = 1
+LARGEST_IMAGE_SIZE = 4096
 MODEL_CLASSES = {"float": MobileNetV2, "qmodel": MobileNetV2Quantization}
 SAY_KIND = {
     "float": "float weights (dense or pruned)",
     "qmodel": "a qmodel (written by scripts/to_qmodel_weights.py)",
 }
+# How torch.load names a class or a function that it refuses to call.
+NOT_PLAIN = re.compile("GLOBAL|allowlisted")
 
 
 @dataclass
@@ -59,16 +65,17 @@ def save_weights(path: str | os.PathLike, weights: Weights, args: Namespace) -> 
         "arguments": plain(args),
         "versions": versions(),
     }
-    with atomic_write(path) as temporary:
-        torch.save(content, temporary)
+    save_torch(path, content)
 
 
-def load_weights(path: str | os.PathLike, kind: str = "float", output_stride: int | None = None) -> Weights:
+def load_weights(
+    path: str | os.PathLike, kind: str | None = "float", output_stride: int | None = None
+) -> Weights:
     """Rebuild the model from the file alone.
 
     Args:
         path: a file of `save_weights`, or a bare state_dict of torchvision's MobileNetV2.
-        kind: "float" or "qmodel", what the caller goes on with.
+        kind: "float" or "qmodel", what the caller goes on with; None takes both.
         output_stride: instead of the file's own; the weights do not depend on it.
 
     Raises:
@@ -77,7 +84,12 @@ def load_weights(path: str | os.PathLike, kind: str = "float", output_stride: in
     """
     path = check_input(path, "weights file")
     content = read_pickle(path)
-    if content.get("format") != FORMAT:
+    if "format" in content and content["format"] != FORMAT:
+        raise UserError(
+            f"{path} is a file of format {content['format']!r}, not weights: the checkpoint of an "
+            "unfinished run becomes weights when the run is resumed and ends"
+        )
+    if "format" not in content:
         content = _from_bare_state_dict(path, content)
         if kind == "qmodel":
             raise UserError(f"{path} is a bare state_dict, {SAY_KIND['qmodel']} is wanted: convert it first")
@@ -86,9 +98,11 @@ def load_weights(path: str | os.PathLike, kind: str = "float", output_stride: in
             f"{path} has format version {content.get('format_version')!r}, this program reads "
             f"{FORMAT_VERSION}: use the release that wrote it"
         )
-    if content.get("kind") != kind:
-        found = SAY_KIND.get(content.get("kind"), f"of kind {content.get('kind')!r}")
-        raise UserError(f"{path} is {found}, {SAY_KIND[kind]} is wanted here")
+    found = str(content.get("kind"))
+    if found not in SAY_KIND:
+        raise UserError(f"{path} is of the unknown kind {found!r}: use the release that wrote it")
+    if kind not in (None, found):
+        raise UserError(f"{path} is {SAY_KIND[found]}, {SAY_KIND[kind]} is wanted here")
     return _rebuild(path, content, output_stride)
 
 
@@ -97,22 +111,33 @@ def read_pickle(path: Path) -> dict[str, Any]:
     if is_torchscript(path):
         raise UserError(f"{path} is a TorchScript file: weights (.pth) are wanted here")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "Weights only" in str(error):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch.load raises whatever the broken part raises: zip, pickle, unicode, key errors.
+        if isinstance(error, pickle.UnpicklingError) and NOT_PLAIN.search(str(error)):
             raise UserError(
                 f"{path} holds more than tensors and plain values and is not opened, since it "
                 "could run code: save its state_dict alone"
             ) from error
-        raise UserError(f"{path} is not a weights file ({one_line(error)[:120]})") from error
-    except Exception as error:
-        # torch.load raises whatever the broken part raises: zip, pickle, unicode, key errors.
         raise UserError(
-            f"{path} is truncated or not a weights file ({one_line(error)[:120]}): write or fetch it again"
+            f"{path} is truncated, damaged or not a weights file: write or fetch it again"
         ) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not weights: save a state_dict")
+    # torch.load leaves the checksums unread. Foreign files may have been written without them.
+    if "format" in content and _is_damaged(path):
+        raise UserError(f"{path} is damaged (a checksum is wrong): write or fetch it again")
     return content
+
+
+def _is_damaged(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is not None
+    except Exception:
+        return True
 
 
 def is_torchscript(path: Path) -> bool:
@@ -120,7 +145,8 @@ def is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError):
+    except Exception:
+        # A damaged archive raises many kinds of errors; what it is then, its reader says.
         return False
     return any("/code/" in name for name in names) and any(n.endswith("constants.pkl") for n in names)
 
@@ -173,26 +199,28 @@ def _rebuild(path: Path, content: dict[str, Any], output_stride: int | None) -> 
         # On "meta" nothing is allocated, so a wrong width is found before it can fill the memory.
         with torch.device("meta"):
             model: nn.Module = MODEL_CLASSES[content["kind"]](**architecture)
+        state = content["state_dict"]
         # Assigning keeps the file's dtypes, so check that they are the model's own.
         for name, value in model.state_dict().items():
-            found = content["state_dict"].get(name)
-            if isinstance(found, Tensor) and found.dtype != value.dtype:
-                raise TypeError(f"{name} is {found.dtype}, not {value.dtype}")
-        model.load_state_dict(content["state_dict"], assign=True)
+            found = state.get(name)
+            if isinstance(found, Tensor) and (found.dtype, found.layout) != (value.dtype, value.layout):
+                raise TypeError(f"{name} is {found.dtype} ({found.layout}), not {value.dtype}")
+        # Copies, since tensors in a file may share their memory.
+        model.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
         for parameter in model.parameters():
             parameter.requires_grad_(True)
         names, normalization = content.get("class_names"), content.get("normalization")
         weights = Weights(
             model=model.eval(),
             kind=content["kind"],
-            class_names=tuple(names) if names else None,
-            normalization=Normalization(**{k: tuple(v) for k, v in normalization.items()})
-            if normalization
-            else None,
+            class_names=tuple(map(str, names)) if names else None,
+            normalization=_normalization(normalization) if normalization else None,
             image_size=int(content.get("image_size", DEFAULT_IMAGE_SIZE)),
-            metrics=content.get("metrics", {}),
+            metrics=dict(content.get("metrics", {})),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if not 1 <= weights.image_size <= LARGEST_IMAGE_SIZE:
+            raise ValueError(f"image_size is {weights.image_size}")
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} does not fit MobileNetV2 ({one_line(error)[:200]})") from error
     if weights.class_names and len(weights.class_names) != architecture["num_classes"]:
         raise UserError(
@@ -202,6 +230,13 @@ def _rebuild(path: Path, content: dict[str, Any], output_stride: int | None) -> 
         if not torch.isfinite(value).all():
             raise UserError(f"{path} holds NaN or infinity in {name}: the training had diverged")
     return weights
+
+
+def _normalization(content: dict[str, Any]) -> Normalization:
+    mean, std = (tuple(map(float, content[name])) for name in ("mean", "std"))
+    if not (len(mean) == len(std) == 3 and all(map(math.isfinite, mean + std)) and min(std) > 0):
+        raise ValueError(f"the normalization {content} is not three means and three positive deviations")
+    return Normalization(mean, std)
 
 
 def add_output_stride_argument(parser) -> None:
