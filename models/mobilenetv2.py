@@ -125,6 +125,9 @@ class MobileNetV2(nn.Module):
                 channels = out_channels
         head_channels = round_channels(HEAD_CHANNELS * max(1.0, width_mult))
         features.append(conv_bn_relu6(channels, head_channels, kernel_size=1))
+        # Narrow models have as many channels before as behind it; at stride 2 it has no shortcut, and
+        # weights mean the same at each output stride only if it has none at stride 1 either.
+        features[FIRST_BLOCK_OF_STAGE_24].use_res_connect = False
         self.features = nn.Sequential(*features)
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(head_channels, num_classes))
         self._initialize_weights()
