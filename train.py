@@ -16,6 +16,7 @@ from utils.batches import Batches
 from utils.data import load_data, measure_normalization
 from utils.errors import UserError
 from utils.evaluation import evaluate
+from utils.fast_convolution import use_fast_convolutions
 from utils.optimization import (
     ExponentialMovingAverage,
     add_optimization_arguments,
@@ -121,6 +122,7 @@ def main(args: argparse.Namespace) -> None:
     data = load_data(args)
     normalization = measure_normalization(data)
     model = build_model(args, len(data.class_names))
+    use_fast_convolutions(model)
     average = ExponentialMovingAverage(model, args.ema) if args.ema else None
     kept: nn.Module = average.module if average else model
 

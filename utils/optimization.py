@@ -43,9 +43,9 @@ def build_optimizer(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=args.lr, momentum=MOMENTUM, nesterov=True)
+        return torch.optim.SGD(groups, lr=args.lr, momentum=MOMENTUM, nesterov=True, fused=True)
     optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
-    return optimizer(groups, lr=args.lr)
+    return optimizer(groups, lr=args.lr, fused=True)
 
 
 def build_scheduler(
