@@ -1,0 +1,376 @@
+import io
+import os
+import pickle
+import random
+import zipfile
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from models import MobileNetV2
+from utils.data import ImageData, Normalization, Split
+from utils.errors import UserError
+from utils.weights import Weights, check_classes, load_weights, save_weights
+
+
+@pytest.fixture
+def content(tiny_weights):
+    return torch.load(tiny_weights, weights_only=True)
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """Write a file and give the one line with which it is refused."""
+
+    def refuse(content: object, kind: str = "float") -> str:
+        path = tmp_path / "bad.pth"
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content is not None:
+            torch.save(content, path)
+        with pytest.raises(UserError) as caught:
+            load_weights(path, kind)
+        message = str(caught.value)
+        assert len(message.splitlines()) == 1
+        assert len(message) < 500
+        assert str(path) in message
+        return message
+
+    return refuse
+
+
+def assert_equal_states(state, expected):
+    assert list(state) == list(expected)
+    for name, value in expected.items():
+        assert state[name].dtype == value.dtype
+        assert torch.equal(state[name], value), name
+
+
+def test_round_trip(tmp_path):
+    torch.manual_seed(0)
+    model = MobileNetV2(num_classes=3, width_mult=0.25, dropout=0.3, output_stride=8)
+    with torch.no_grad():
+        model(torch.randn(8, 3, 32, 32))
+        model.features[3].conv[0][0].weight[:, ::2] = 0
+    written = Weights(
+        model,
+        class_names=("a", "b", "ç"),
+        normalization=Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
+        image_size=48,
+        metrics={"val_accuracy_pct": np.float64(81.5), "history": (1, 2)},
+    )
+    save_weights(tmp_path / "w.pth", written, Namespace(lr=0.1, output=Path("w.pth")))
+    read = load_weights(tmp_path / "w.pth")
+    assert read.kind == "float"
+    assert read.model.architecture == model.architecture
+    assert read.model.architecture == {
+        "num_classes": 3,
+        "width_mult": 0.25,
+        "dropout": 0.3,
+        "output_stride": 8,
+    }
+    assert_equal_states(read.model.state_dict(), model.state_dict())
+    assert (read.class_names, read.normalization, read.image_size) == (
+        written.class_names,
+        written.normalization,
+        48,
+    )
+    assert read.metrics == {"val_accuracy_pct": 81.5, "history": [1, 2]}
+    assert not read.model.training
+    assert all(parameter.requires_grad and parameter.is_leaf for parameter in read.model.parameters())
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(read.model(images), model.eval()(images))
+
+
+def test_the_file_says_how_it_was_made(tmp_path):
+    save_weights(
+        tmp_path / "w.pth", Weights(MobileNetV2(width_mult=0.1)), Namespace(lr=0.1, output=Path("w"))
+    )
+    content = torch.load(tmp_path / "w.pth", weights_only=True)
+    assert content["arguments"] == {"lr": 0.1, "output": "w"}
+    assert content["versions"]["torch"] == torch.__version__
+    assert type(content["versions"]["torch"]) is str
+
+
+def test_channels_last_weights_come_back_the_same(tmp_path):
+    model = MobileNetV2(width_mult=0.1).to(memory_format=torch.channels_last)
+    save_weights(tmp_path / "w.pth", Weights(model), Namespace())
+    assert_equal_states(load_weights(tmp_path / "w.pth").model.state_dict(), model.state_dict())
+
+
+def test_the_output_stride_can_be_another(tiny_weights):
+    own, other = load_weights(tiny_weights), load_weights(tiny_weights, output_stride=8)
+    assert own.model.architecture["output_stride"] == 32
+    assert other.model.architecture["output_stride"] == 8
+    assert_equal_states(other.model.state_dict(), own.model.state_dict())
+    with torch.inference_mode():
+        assert other.model.features(torch.zeros(1, 3, 32, 32)).shape[-2:] == (4, 4)
+
+
+@pytest.mark.parametrize(("num_classes", "width_mult"), [(10, 1.0), (3, 0.1), (1000, 1.4)])
+def test_a_bare_state_dict_of_torchvisions_loads(tmp_path, num_classes, width_mult):
+    torch.manual_seed(0)
+    theirs = torchvision.models.mobilenet_v2(num_classes=num_classes, width_mult=width_mult).eval()
+    torch.save(theirs.state_dict(), tmp_path / "bare.pth")
+    read = load_weights(tmp_path / "bare.pth", output_stride=32)
+    assert (read.kind, read.class_names, read.normalization) == ("float", None, None)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(read.model(images), theirs(images))
+
+
+def test_a_bare_state_dict_of_the_old_file_format_loads(tmp_path, capfd):
+    model = MobileNetV2(num_classes=4, width_mult=0.1)
+    torch.save(model.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    read = load_weights(tmp_path / "old.pth")
+    assert_equal_states(read.model.state_dict(), model.state_dict())
+    assert read.model.architecture["output_stride"] == 16
+    assert capfd.readouterr().err == ""
+
+
+def test_a_missing_file_is_named(refused):
+    assert "does not exist" in refused(None)
+
+
+def test_a_folder_is_no_weights_file(tmp_path):
+    with pytest.raises(UserError, match="is a folder"):
+        load_weights(tmp_path)
+
+
+def test_an_empty_file(refused):
+    assert "truncated, damaged or not a weights file" in refused(b"")
+
+
+@pytest.mark.parametrize("kept", [0.0001, 0.01, 0.3, 0.5, 0.9, 0.99, 0.9999])
+def test_a_truncated_file(refused, tiny_weights, kept):
+    whole = tiny_weights.read_bytes()
+    assert "truncated" in refused(whole[: int(kept * len(whole))])
+
+
+def test_a_file_without_its_last_byte(refused, tiny_weights):
+    assert "truncated" in refused(tiny_weights.read_bytes()[:-1])
+
+
+def test_damaged_files_are_refused_or_hold_what_was_written(tmp_path, tiny_weights):
+    whole, generator, refusals = tiny_weights.read_bytes(), random.Random(0), 0
+    expected = load_weights(tiny_weights)
+    path = tmp_path / "damaged.pth"
+    for _ in range(100):
+        damaged = bytearray(whole)
+        for _ in range(generator.randint(1, 8)):
+            damaged[generator.randrange(len(damaged))] ^= generator.randint(1, 255)
+        path.write_bytes(damaged)
+        try:
+            read = load_weights(path)
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1
+            refusals += 1
+        else:
+            assert_equal_states(read.model.state_dict(), expected.model.state_dict())
+    assert refusals > 90
+
+
+def test_one_flipped_bit_of_a_weight_is_noticed(refused, tiny_weights, content):
+    whole = bytearray(tiny_weights.read_bytes())
+    place = whole.index(content["state_dict"]["features.18.0.weight"].numpy().tobytes()[:64])
+    whole[place + 1] ^= 1
+    assert "damaged (a checksum is wrong)" in refused(bytes(whole))
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        random.Random(0).randbytes(10_000),
+        random.Random(1).randbytes(3),
+        b"layer,sparsity\nfeatures.0.0,1.0\n",
+        b"hello\n" * 100,
+        "é".encode() * 50,
+        b"\x89PNG\r\n\x1a\n" + bytes(100),
+        b"PK\x05\x06" + bytes(18),
+        pickle.dumps({"a": 1}),
+    ],
+    ids=["random", "random short", "csv", "text", "utf-8", "png", "empty zip", "plain pickle"],
+)
+def test_files_of_other_kinds(refused, noise):
+    assert "not a weights file" in refused(noise)
+
+
+def test_a_zip_archive_of_something_else(refused):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    assert "not a weights file" in refused(buffer.getvalue())
+
+
+class Bomb:
+    """Pickled as a call that makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old format"])
+@pytest.mark.parametrize("place", ["alone", "in metrics"])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, content, zipped, place):
+    path, evidence = tmp_path / "bomb.pth", tmp_path / "the code ran"
+    bomb = Bomb(evidence)
+    torch.save(
+        bomb if place == "alone" else {**content, "metrics": {"x": bomb}},
+        path,
+        _use_new_zipfile_serialization=zipped,
+    )
+    with pytest.raises(UserError, match="could run code"):
+        load_weights(path)
+    assert not evidence.exists()
+    torch.load(path, weights_only=False)
+    assert evidence.exists()  # the file was a bomb indeed
+
+
+def test_a_whole_pickled_model_is_not_opened(refused):
+    assert "could run code: save its state_dict" in refused(MobileNetV2(width_mult=0.1))
+
+
+@pytest.mark.parametrize("value", [[1, 2], torch.zeros(3), "text"], ids=["list", "tensor", "str"])
+def test_what_is_no_dictionary(refused, value):
+    assert f"holds a {type(value).__name__}, not weights" in refused(value)
+
+
+def test_another_architecture(refused):
+    assert "not MobileNetV2's" in refused(torchvision.models.resnet18(num_classes=3).state_dict())
+    assert "not MobileNetV2's" in refused(torchvision.models.mobilenet_v3_small(num_classes=3).state_dict())
+    assert "not MobileNetV2's" in refused({})
+
+
+def test_a_bare_state_dict_with_a_layer_missing_or_reshaped(refused):
+    state = MobileNetV2(num_classes=3, width_mult=0.1).state_dict()
+    missing = {name: value for name, value in state.items() if name != "features.5.conv.1.0.weight"}
+    assert "another architecture" in refused(missing)
+    reshaped = {**state, "features.5.conv.1.0.weight": torch.zeros(7)}
+    assert "another architecture" in refused(reshaped)
+
+
+def test_the_checkpoint_of_an_unfinished_run(refused, content):
+    assert "checkpoint of an unfinished run" in refused({**content, "format": "mobilenetv2-checkpoint"})
+
+
+def test_a_torchscript_file(refused, tmp_path):
+    path = tmp_path / "bad.pth"
+    torch.jit.script(MobileNetV2(width_mult=0.1).eval()).save(str(path))
+    assert "is a TorchScript file" in refused(None)
+
+
+def test_a_qmodel_where_weights_are_wanted_and_the_reverse(refused, content):
+    message = refused({**content, "kind": "qmodel"}, kind="float")
+    assert "is a qmodel (written by scripts/to_qmodel_weights.py), float weights" in message
+    assert "is float weights (dense or pruned), a qmodel" in refused(content, kind="qmodel")
+    bare = refused(content["state_dict"], kind="qmodel")
+    assert "bare state_dict" in bare
+    assert "convert it first" in bare
+
+
+@pytest.mark.parametrize("version", [2, 99, None, "1"])
+def test_another_format_version(refused, content, version):
+    assert f"format version {version!r}, this program reads 1" in refused(
+        {**content, "format_version": version}
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite(refused, content, value):
+    content["state_dict"]["features.2.conv.0.0.weight"][0, 0] = value
+    assert "holds NaN or infinity in features.2.conv.0.0.weight" in refused(content)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int32, torch.complex64])
+def test_wrong_dtypes(refused, content, dtype):
+    state = content["state_dict"]
+    state["classifier.1.bias"] = state["classifier.1.bias"].to(dtype)
+    assert f"classifier.1.bias is {dtype}" in refused(content)
+
+
+def test_a_sparse_tensor(refused, content):
+    state = content["state_dict"]
+    state["classifier.1.weight"] = state["classifier.1.weight"].to_sparse()
+    assert "classifier.1.weight is torch.float32 (torch.sparse_coo)" in refused(content)
+
+
+def test_tensors_that_share_memory_in_the_file_do_not_in_the_model(tmp_path, content):
+    one = torch.ones(())
+    for name, value in content["state_dict"].items():
+        if value.is_floating_point():
+            content["state_dict"][name] = one.expand(value.shape)
+    torch.save(content, tmp_path / "shared.pth")
+    model = load_weights(tmp_path / "shared.pth").model
+    with torch.no_grad():
+        model.classifier[1].weight.mul_(2)
+    assert torch.equal(model.classifier[1].weight, torch.full((3, 1280), 2.0))
+    assert torch.equal(model.classifier[1].bias, torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("architecture", {"num_classes": 3, "width_mult": 0.25, "output_stride": 32}),
+        ("architecture", {"num_classes": 4, "width_mult": 0.1}),
+        ("architecture", {"num_classes": 3, "width_mult": 1e9}),
+        ("architecture", {"num_classes": 3, "width_mult": float("inf")}),
+        ("architecture", {"num_classes": 3, "width_mult": float("nan")}),
+        ("architecture", {"num_classes": 3, "width_mult": "wide"}),
+        ("architecture", {"num_classes": 3, "width_mult": 0.1, "output_stride": 5}),
+        ("architecture", {"num_classes": 3, "width_mult": 0.1, "depth": 3}),
+        ("architecture", None),
+        ("state_dict", None),
+        ("state_dict", []),
+        ("state_dict", {"classifier.1.weight": 3}),
+        ("normalization", {"mean": [0.5], "std": [0.2]}),
+        ("normalization", {"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.0, 0.2]}),
+        ("normalization", {"mean": [0.5, 0.5, float("nan")], "std": [0.2, 0.2, 0.2]}),
+        ("normalization", {"mean": [0.5, 0.5, 0.5]}),
+        ("normalization", "imagenet"),
+        ("image_size", 0),
+        ("image_size", 10**9),
+        ("image_size", None),
+        ("class_names", 3),
+    ],
+)
+def test_contents_that_do_not_fit(refused, content, key, value):
+    assert "does not fit MobileNetV2" in refused({**content, key: value})
+
+
+@pytest.mark.parametrize("kind", [None, "int8", ["float"]])
+def test_an_unknown_kind(refused, content, kind):
+    assert "unknown kind" in refused({**content, "kind": kind})
+
+
+def test_more_names_than_classes(refused, content):
+    assert "names 2 classes for 3 outputs" in refused({**content, "class_names": ["a", "b"]})
+
+
+def images_of(*class_names: str) -> ImageData:
+    empty = Split(torch.zeros(0, 3, 32, 32, dtype=torch.uint8), torch.zeros(0, dtype=torch.long))
+    return ImageData(empty, empty, empty, class_names)
+
+
+def test_classes_that_are_those_of_the_images():
+    check_classes("w.pth", ("cat", "dog"), 2, images_of("cat", "dog"))
+    check_classes("w.pth", None, 2, images_of("cat", "dog"))
+
+
+def test_another_number_of_classes():
+    with pytest.raises(UserError, match=r"w\.pth has 10 classes, the images have 2"):
+        check_classes("w.pth", None, 10, images_of("cat", "dog"))
+
+
+def test_other_class_names_or_another_order():
+    with pytest.raises(UserError, match=r"w\.pth knows class 1 as 'dog', the images as 'horse'"):
+        check_classes("w.pth", ("cat", "dog"), 2, images_of("cat", "horse"))
+    with pytest.raises(UserError, match=r"w\.pth knows class 0 as 'dog', the images as 'cat'"):
+        check_classes("w.pth", ("dog", "cat"), 2, images_of("cat", "dog"))
