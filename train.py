@@ -41,9 +41,19 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", default="weights/mobilenetv2.pth", help="weights file to write")
     cli.add_force_argument(parser)
     model = parser.add_argument_group("model")
-    model.add_argument("--output_stride", type=int, choices=sorted(OUTPUT_STRIDES), default=16)
-    model.add_argument("--width_mult", type=cli.positive_float, default=1.0)
-    model.add_argument("--dropout", type=cli.fraction_below_one, default=0.2)
+    model.add_argument(
+        "--output_stride",
+        type=int,
+        choices=sorted(OUTPUT_STRIDES),
+        default=16,
+        help="how many times smaller the last map is than the image; 32 is torchvision's",
+    )
+    model.add_argument(
+        "--width_mult", type=cli.positive_float, default=1.0, help="multiplies the channels of every layer"
+    )
+    model.add_argument(
+        "--dropout", type=cli.fraction_below_one, default=0.2, help="probability in front of the classifier"
+    )
     start = model.add_mutually_exclusive_group()
     start.add_argument("--weights", help="weights file to start from instead of random weights")
     start.add_argument(

@@ -31,7 +31,12 @@ def add_optimization_arguments(parser: ArgumentParser, lr: float, weight_decay: 
         default=weight_decay,
         help="on convolutions and linear weights; norms and biases have none",
     )
-    group.add_argument("--label_smoothing", type=fraction_below_one, default=0.0)
+    group.add_argument(
+        "--label_smoothing",
+        type=fraction_below_one,
+        default=0.0,
+        help="share of the target that is spread over all classes",
+    )
 
 
 def build_optimizer(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
