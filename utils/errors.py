@@ -41,9 +41,7 @@ def run(main: Callable[[], None]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
             raise
-        _end(
-            "error: the memory does not suffice: give a smaller --batch_size or --image_size", EXIT_BAD_INPUT
-        )
+        _end("error: out of memory: give a smaller --batch_size or --image_size", EXIT_BAD_INPUT)
 
 
 def _end(message: str, code: int) -> NoReturn:
