@@ -7,7 +7,7 @@ import re
 import warnings
 import zipfile
 from argparse import Namespace
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from models import MobileNetV2, MobileNetV2Quantization
 from models.mobilenetv2 import OUTPUT_STRIDES
-from utils.data import DEFAULT_IMAGE_SIZE, ImageData, Normalization
+from utils.data import DEFAULT_IMAGE_SIZE, ImageData, Normalization, measure_normalization
 from utils.errors import UserError, one_line
 from utils.files import check_input, save_torch
 from utils.runtime import plain, versions
@@ -169,6 +169,24 @@ def check_classes(path: str | os.PathLike, class_names, num_classes: int, data: 
             f"{path} knows class {label} as {ours!r}, the images as {theirs!r}: "
             "give the data set that it was trained on"
         )
+
+
+def complete(path: str | os.PathLike, weights: Weights, data: ImageData) -> Weights:
+    """The weights, checked against the images that they are to be used on.
+
+    What a bare state_dict does not carry (class names, normalization) is taken from the images;
+    `image_size` is that of the images.
+
+    Raises:
+        UserError: as `check_classes`.
+    """
+    check_classes(path, weights.class_names, weights.model.architecture["num_classes"], data)
+    return replace(
+        weights,
+        class_names=data.class_names,
+        normalization=weights.normalization or measure_normalization(data),
+        image_size=data.test.images.shape[-1],
+    )
 
 
 def _from_bare_state_dict(path: Path, content: dict[str, Any]) -> dict[str, Any]:
