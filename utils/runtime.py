@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torchvision
 
-from utils.files import atomic_write
+from utils.files import atomic_write, check_output
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # numbers in glibc's malloc.h
 
@@ -78,6 +78,16 @@ def plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return str(value)
     return value
+
+
+def check_record(args: Namespace) -> None:
+    """Check --record, if it is given, before the work starts.
+
+    Raises:
+        UserError: the file exists and --force is off, or it cannot be written.
+    """
+    if args.record:
+        check_output(args.record, force=args.force)
 
 
 def write_record(path: str | os.PathLike, args: Namespace, results: dict[str, Any]) -> None:
