@@ -19,7 +19,7 @@ from utils.batches import AUGMENTATIONS, Batches
 from utils.cli import non_negative_int, positive_int
 from utils.errors import UserError
 from utils.files import atomic_write, check_output, save_torch
-from utils.runtime import plain
+from utils.runtime import check_record, plain
 from utils.weights import read_pickle
 
 CHECKPOINT_FORMAT = "mobilenetv2-checkpoint"
@@ -178,7 +178,7 @@ def history_path(output: str | os.PathLike) -> Path:
 
 
 def check_training_outputs(args: Namespace) -> None:
-    """Check --output before the work starts, and that --resume has something to go on from.
+    """Check --output, --record and, for --resume, the checkpoint before the work starts.
 
     Raises:
         UserError: nothing can be written, files exist and --force is off, or nothing to resume.
@@ -191,6 +191,7 @@ def check_training_outputs(args: Namespace) -> None:
             f"{checkpoint} is from an interrupted run: give --resume to go on with it, or --force to start again"
         )
     check_output(args.output, force=args.force or args.resume)
+    check_record(args)
 
 
 def fit(run: Run, args: Namespace) -> Progress:
