@@ -1,7 +1,6 @@
 """What the tests share: running a script as a user does, a tiny data set, tiny weights."""
 
 import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -10,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from tests import script_process
+from tests.script_process import REPOSITORY as REPOSITORY
+
 TINY_CLASSES = ("blue", "green", "red")
 
 
@@ -23,15 +24,10 @@ def one_thread():
 def run_script():
     """Run a script from the repository's root and assert how it ends."""
 
+    script_process.start_server()
+
     def run(*argv: object, expect: int = 0, **kwargs) -> subprocess.CompletedProcess:
-        done = subprocess.run(
-            [sys.executable, *map(str, argv)],
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            **kwargs,
-        )
+        done = script_process.run(list(map(str, argv)), **kwargs)
         assert done.returncode == expect, f"{argv}\n{done.stdout}\n{done.stderr}"
         if expect == 2:
             assert "Traceback" not in done.stderr

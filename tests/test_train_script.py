@@ -1,0 +1,147 @@
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torchvision
+
+from tests.conftest import REPOSITORY, TINY_CLASSES
+from utils.pretrained import load_pretrained
+
+FAST = ("--width_mult", 0.1, "--output_stride", 32, "--batch_size", 32, "--threads", 1)
+
+
+@pytest.fixture(scope="module")
+def train(run_script, tiny_folder):
+    def run(output, *argv, expect=0):
+        data = ("--dataset", "folder", "--data_dir", tiny_folder)
+        return run_script("train.py", *data, *FAST, "--output", output, *argv, expect=expect)
+
+    return run
+
+
+def test_it_learns_and_writes_what_it_says(train, tmp_path):
+    output, record = tmp_path / "w" / "m.pth", tmp_path / "record.json"
+    printed = train(
+        output, "--epochs", 6, "--batch_size", 8, "--lr", 0.05, "--record", record, "--ema", 0.9
+    ).stdout
+    content = torch.load(output, weights_only=True)
+    assert content["class_names"] == list(TINY_CLASSES)
+    assert content["architecture"]["output_stride"] == 32
+    assert content["arguments"]["ema"] == 0.9
+    results = json.loads(record.read_text())["results"]
+    assert results == content["metrics"]
+    assert results["test_accuracy_pct"] > 80
+    assert f"test accuracy {results['test_accuracy_pct']:.2f} %" in printed
+    with open(tmp_path / "w" / "m.history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
+    best = max(float(row["val_accuracy_pct"]) for row in rows)
+    assert results["val_accuracy_pct"] == pytest.approx(best, abs=1e-5)
+    assert float(rows[int(results["best_epoch"]) - 1]["val_accuracy_pct"]) == pytest.approx(best, abs=1e-5)
+    assert not (tmp_path / "w" / "m.checkpoint.pth").exists()
+
+
+def kill_after(epochs: int, output, argv, sign) -> subprocess.Popen:
+    """Start train.py and send `sign` once `epochs` are in the history."""
+    history = output.with_name(f"{output.stem}.history.csv")
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *map(str, argv), "--output", str(output)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores Ctrl-C; a user's foreground one does not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if history.is_file() and len(history.read_text().splitlines()) > epochs:
+            process.send_signal(sign)
+            break
+        time.sleep(0.02)
+    process.wait(60)
+    return process
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+def test_a_resumed_run_ends_with_the_same_weights(train, tiny_folder, tmp_path, sign):
+    recipe = ("--epochs", 4, "--ema", 0.9, "--augment", "crop_flip_cutout", "--early_output_strides", "32:1")
+    train(tmp_path / "whole.pth", *recipe)
+    output = tmp_path / "resumed.pth"
+    data = ("--dataset", "folder", "--data_dir", tiny_folder)
+    process = kill_after(1, output, (*data, *FAST, *recipe), sign)
+    assert not output.exists()
+    assert output.with_name("resumed.checkpoint.pth").exists()
+    if sign == signal.SIGINT:
+        assert process.returncode == 130
+        assert "--resume" in process.stderr.read()
+    train(output, *recipe, expect=2)  # a checkpoint is not thrown away unasked
+    train(output, *recipe, "--seed", 1, "--resume", expect=2)
+    train(output, *recipe, "--resume")
+    whole = torch.load(tmp_path / "whole.pth", weights_only=True)
+    resumed = torch.load(output, weights_only=True)
+    assert whole["metrics"] == resumed["metrics"]
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][name]), name
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (("--epochs", 0), "--epochs"),
+        (("--epochs", -1), "--epochs"),
+        (("--lr", 0), "--lr"),
+        (("--lr", "nan"), "--lr"),
+        (("--batch_size", 0), "--batch_size"),
+        (("--early_output_strides", "31:1"), "STRIDE:EPOCHS"),
+        (("--early_output_strides", "32:30"), "leave at least one"),
+        (("--weights", "nowhere.pth"), "does not exist"),
+        (("--resume",), "no checkpoint"),
+        (("--dataset", "folder", "--data_dir", "nowhere"), "nowhere"),
+        (("--dropout", 1), "--dropout"),
+        (("--lr", 1e30, "--optimizer", "sgd", "--scheduler", "none"), "lower --lr"),
+        (("--optimiser", "sgd"), "unrecognized"),
+    ],
+)
+def test_bad_arguments_are_refused(train, tmp_path, argv, says):
+    output = tmp_path / "m.pth"
+    assert says in train(output, *argv, expect=2).stderr
+    assert not output.exists()
+
+
+def test_existing_weights_are_kept(train, tmp_path):
+    output = tmp_path / "m.pth"
+    output.write_text("precious")
+    assert "--force" in train(output, "--epochs", 1, expect=2).stderr
+    assert output.read_text() == "precious"
+
+
+def test_starting_from_weights_of_other_classes_is_refused(train, tmp_path, run_script):
+    from argparse import Namespace
+
+    from models import MobileNetV2
+    from utils.weights import Weights, save_weights
+
+    other = tmp_path / "other.pth"
+    save_weights(other, Weights(MobileNetV2(5, 0.1)), Namespace())
+    assert "5 classes" in train(tmp_path / "m.pth", "--weights", other, expect=2).stderr
+
+
+def test_pretrained_takes_all_but_the_classifier(monkeypatch):
+    """The download itself is torchvision's; what is fetched is stood in for."""
+    torch.manual_seed(0)
+    source = torchvision.models.mobilenet_v2()
+    kind = type(torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V2)
+    monkeypatch.setattr(kind, "get_state_dict", lambda *_, **__: source.state_dict())
+    from models import MobileNetV2
+
+    model = MobileNetV2(num_classes=10)
+    head = model.classifier[1].weight.clone()
+    load_pretrained(model)
+    assert torch.equal(model.features[18][0].weight, source.features[18][0].weight)
+    assert torch.equal(model.classifier[1].weight, head)
