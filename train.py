@@ -19,18 +19,22 @@ from utils.evaluation import evaluate
 from utils.fast_convolution import use_fast_convolutions
 from utils.optimization import (
     ExponentialMovingAverage,
+    add_average_argument,
     add_optimization_arguments,
     build_optimizer,
     build_scheduler,
 )
 from utils.pretrained import load_pretrained
 from utils.training import (
+    EVALUATION_BATCH_SIZE,
     Run,
     add_training_arguments,
     check_training_outputs,
     cross_entropy,
     finish,
     fit,
+    select_on_val,
+    training_batches,
 )
 from utils.weights import Weights, load_weights, save_weights
 
@@ -69,12 +73,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="epochs at coarser (faster) output strides before --output_stride, such as 32:10 16:10",
     )
     add_optimization_arguments(parser, lr=0.2, weight_decay=5e-4)
-    parser.add_argument(
-        "--ema",
-        type=cli.fraction_below_one,
-        default=0.0,
-        help="decay of a moving average of the weights, which is then what is kept; 0 is off",
-    )
+    add_average_argument(parser)
     cli.add_data_arguments(parser)
     cli.add_runtime_arguments(parser)
     cli.add_record_argument(parser)
@@ -136,22 +135,8 @@ def main(args: argparse.Namespace) -> None:
     average = ExponentialMovingAverage(model, args.ema) if args.ema else None
     kept: nn.Module = average.module if average else model
 
-    batches = Batches(
-        data.train,
-        normalization,
-        args.batch_size,
-        shuffle=True,
-        augment=args.augment,
-        cutout_size=args.cutout_size,
-        drop_last=len(data.train) > args.batch_size,
-        seed=args.seed,
-    )
+    batches = training_batches(data, normalization, args)
     optimizer = build_optimizer(model, args)
-
-    def candidate() -> tuple[nn.Module, float | None]:
-        if not len(data.val):
-            return kept, None
-        return kept, evaluate(kept, Batches(data.val, normalization, 500)).accuracy_pct
 
     def set_output_stride(epoch: int) -> None:
         for stepped in (model, kept):
@@ -165,7 +150,7 @@ def main(args: argparse.Namespace) -> None:
             scheduler=build_scheduler(optimizer, args, args.epochs * len(batches)),
             epochs=args.epochs,
             loss_function=cross_entropy(args.label_smoothing),
-            candidate=candidate,
+            candidate=select_on_val(kept, data, normalization),
             after_step=[lambda: average.update_parameters(model)] if average else [],
             before_epoch=[set_output_stride],
             first_selectable_epoch=1 + sum(epochs for _, epochs in args.early_output_strides),
@@ -175,7 +160,7 @@ def main(args: argparse.Namespace) -> None:
     )
 
     kept.load_state_dict(progress.best_state)
-    test = evaluate(kept, Batches(data.test, normalization, 500))
+    test = evaluate(kept, Batches(data.test, normalization, EVALUATION_BATCH_SIZE))
     metrics = {
         "best_epoch": progress.best_epoch,
         "val_accuracy_pct": progress.best_accuracy_pct,

@@ -39,6 +39,16 @@ def add_optimization_arguments(parser: ArgumentParser, lr: float, weight_decay: 
     )
 
 
+def add_average_argument(parser: ArgumentParser) -> None:
+    """--ema."""
+    parser.add_argument(
+        "--ema",
+        type=fraction_below_one,
+        default=0.0,
+        help="decay of a moving average of the weights, which is then what is kept; 0 is off",
+    )
+
+
 def build_optimizer(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
     """The optimizer that --optimizer, --lr and --weight_decay name, over all parameters."""
     parameters = list(model.parameters())

@@ -17,7 +17,9 @@ from tqdm import tqdm
 
 from utils.batches import AUGMENTATIONS, Batches
 from utils.cli import non_negative_int, positive_int
+from utils.data import ImageData, Normalization
 from utils.errors import UserError
+from utils.evaluation import evaluate
 from utils.files import atomic_write, check_output, save_torch
 from utils.runtime import check_record, plain
 from utils.weights import read_pickle
@@ -25,6 +27,9 @@ from utils.weights import read_pickle
 CHECKPOINT_FORMAT = "mobilenetv2-checkpoint"
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From images (B, 3, H, W), logits (B, classes) and labels (B,) to the mean loss."""
+Candidate = Callable[[], tuple[nn.Module, float | None]]
+"""Gives the model that would be kept now, and its accuracy on val in percent if there is a val."""
+EVALUATION_BATCH_SIZE = 500
 
 
 class Stateful(Protocol):
@@ -60,7 +65,7 @@ class Run:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     epochs: int
     loss_function: LossFunction
-    candidate: Callable[[], tuple[nn.Module, float | None]]
+    candidate: Candidate
     after_step: list[Callable[[], None]] = field(default_factory=list)
     before_epoch: list[Callable[[int], None]] = field(default_factory=list)
     first_selectable_epoch: int = 1
@@ -146,10 +151,35 @@ def train_one_epoch(
     return mean_loss, 100 * correct.item() / total
 
 
-def add_training_arguments(parser: ArgumentParser, epochs: int, batch_size: int) -> None:
-    """--epochs, --batch_size, --augment, --cutout_size, --history, --resume."""
+def training_batches(data: ImageData, normalization: Normalization, args: Namespace) -> Batches:
+    """Shuffled and augmented batches of the training images, as the flags name them."""
+    return Batches(
+        data.train,
+        normalization,
+        args.batch_size,
+        shuffle=True,
+        augment=args.augment,
+        cutout_size=args.cutout_size,
+        # A last batch of few images has batch statistics that are mostly noise.
+        drop_last=len(data.train) > args.batch_size,
+        seed=args.seed,
+    )
+
+
+def select_on_val(kept: nn.Module, data: ImageData, normalization: Normalization) -> Candidate:
+    """A Run's `candidate`: `kept` and its accuracy on the val images, if there are any."""
+    if not len(data.val):
+        return lambda: (kept, None)
+    batches = Batches(data.val, normalization, EVALUATION_BATCH_SIZE)
+    return lambda: (kept, evaluate(kept, batches).accuracy_pct)
+
+
+def add_training_arguments(
+    parser: ArgumentParser, epochs: int, batch_size: int, epochs_type: Callable[[str], int] = positive_int
+) -> None:
+    """--epochs, --batch_size, --augment, --cutout_size, --resume."""
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=positive_int, default=epochs, help="passes over the training images")
+    group.add_argument("--epochs", type=epochs_type, default=epochs, help="passes over the training images")
     group.add_argument("--batch_size", type=positive_int, default=batch_size, help="images a step")
     group.add_argument("--augment", choices=AUGMENTATIONS, default="crop_flip", help="what varies the images")
     group.add_argument(
