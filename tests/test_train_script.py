@@ -26,9 +26,8 @@ def train(run_script, tiny_folder):
 
 def test_it_learns_and_writes_what_it_says(train, tmp_path):
     output, record = tmp_path / "w" / "m.pth", tmp_path / "record.json"
-    printed = train(
-        output, "--epochs", 6, "--batch_size", 8, "--lr", 0.05, "--record", record, "--ema", 0.9
-    ).stdout
+    recipe = ("--epochs", 8, "--batch_size", 16, "--lr", 0.02, "--ema", 0.9)
+    printed = train(output, *recipe, "--record", record).stdout
     content = torch.load(output, weights_only=True)
     assert content["class_names"] == list(TINY_CLASSES)
     assert content["architecture"]["output_stride"] == 32
@@ -39,7 +38,7 @@ def test_it_learns_and_writes_what_it_says(train, tmp_path):
     assert f"test accuracy {results['test_accuracy_pct']:.2f} %" in printed
     with open(tmp_path / "w" / "m.history.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
+    assert [row["epoch"] for row in rows] == list("12345678")
     best = max(float(row["val_accuracy_pct"]) for row in rows)
     assert results["val_accuracy_pct"] == pytest.approx(best, abs=1e-5)
     assert float(rows[int(results["best_epoch"]) - 1]["val_accuracy_pct"]) == pytest.approx(best, abs=1e-5)
