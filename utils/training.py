@@ -35,9 +35,11 @@ EVALUATION_BATCH_SIZE = 500
 class Stateful(Protocol):
     """What a checkpoint keeps: models, optimizers, schedules, averages, pruners."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that `load_state_dict` needs."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
+        """Go on from what `state_dict` gave."""
 
 
 @dataclass
@@ -218,7 +220,8 @@ def check_training_outputs(args: Namespace) -> None:
         raise UserError(f"--resume finds no checkpoint {checkpoint}: start the run without it")
     if not args.resume and not args.force and checkpoint.exists():
         raise UserError(
-            f"{checkpoint} is from an interrupted run: give --resume to go on with it, or --force to start again"
+            f"{checkpoint} is from an interrupted run: give --resume to go on with it, "
+            "or --force to start again"
         )
     check_output(args.output, force=args.force or args.resume)
     check_record(args)
