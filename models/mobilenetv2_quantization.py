@@ -1,2 +1,66 @@
-class MobileNetV2Quantization:
-    pass
+"""MobileNetV2 with what int8 quantization needs: entry, exit, observable additions, fusion.
+
+State_dict and float outputs are MobileNetV2's. ReLU6 stays ReLU6: utils/quantization.py folds it
+into the range of the convolution in front of it, where the clamp costs nothing.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.ao.nn.quantized import FloatFunctional
+from torch.ao.quantization import DeQuantStub, QuantStub, fuse_modules, fuse_modules_qat
+
+from models.mobilenetv2 import InvertedResidual, MobileNetV2
+
+
+class InvertedResidualQuantization(InvertedResidual):
+    """An inverted residual whose addition has a range of its own and becomes one int8 operation."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
+        super().__init__(in_channels, out_channels, stride, expansion)
+        self.skip_add = FloatFunctional()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.skip_add.add(x, self.conv(x)) if self.use_res_connect else self.conv(x)
+
+
+class MobileNetV2Quantization(MobileNetV2):
+    """MobileNetV2 that can be quantized; takes the same arguments and the same state_dict."""
+
+    block = InvertedResidualQuantization
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        width_mult: float = 1.0,
+        dropout: float = 0.2,
+        output_stride: int = 16,
+    ) -> None:
+        super().__init__(num_classes, width_mult, dropout, output_stride)
+        self.quant = QuantStub()
+        self.dequant = DeQuantStub()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map normalized float images (N, 3, H, W) to float logits (N, num_classes)."""
+        # Not super().forward, which TorchScript does not know.
+        x = self.features(self.quant(x))
+        x = nn.functional.adaptive_avg_pool2d(x, (1, 1))
+        return self.dequant(self.classifier(torch.flatten(x, 1)))
+
+    def fuse_model(self, is_qat: bool = False) -> None:
+        """Merge each convolution with its batch norm, in place; the outputs stay the same.
+
+        Args:
+            is_qat: keep the batch norms trainable, for quantization-aware training. Otherwise their
+                running statistics are folded into weights and biases.
+        """
+        fuse = fuse_modules_qat if is_qat else fuse_modules
+        was_training = self.training
+        # torch fuses in the one mode or the other, and fails in the wrong one.
+        self.train(is_qat)
+        for sequence in [m for m in self.modules() if isinstance(m, nn.Sequential)]:
+            for (name, module), (next_name, next_module) in pairwise(list(sequence.named_children())):
+                if isinstance(module, nn.Conv2d) and isinstance(next_module, nn.BatchNorm2d):
+                    fuse(sequence, [name, next_name], inplace=True)
+        self.train(was_training)
