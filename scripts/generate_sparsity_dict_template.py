@@ -1,0 +1,69 @@
+"""Write a CSV with a row for each prunable layer, all at sparsity 1.0, to be edited by hand.
+
+The column `sparsity` is the fraction of weights KEPT: 1.0 is not pruned, 0.0 prunes all of the
+layer. The columns shape, parameters and macs are there to help decide; prune.py ignores them.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from models import MobileNetV2
+from models.mobilenetv2 import OUTPUT_STRIDES
+from utils import cli, errors, files
+from utils.data import DEFAULT_IMAGE_SIZE
+from utils.model_statistics import model_statistics
+from utils.sparsity_dict import MEANING, write_sparsity_dict
+from utils.weights import Weights, load_weights
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.ArgumentParser(__doc__)
+    parser.add_argument("--o", default="sparsity_dict.csv", help="CSV to write")
+    cli.add_force_argument(parser)
+    parser.add_argument("--weights", help="weights file of the model (default: as the flags below say)")
+    model = parser.add_argument_group("model, without --weights")
+    model.add_argument("--num_classes", type=cli.positive_int, help="(default: 10)")
+    model.add_argument("--width_mult", type=cli.positive_float, help="(default: 1.0)")
+    model.add_argument("--output_stride", type=int, choices=sorted(OUTPUT_STRIDES), help="(default: 16)")
+    model.add_argument("--image_size", type=cli.positive_int, help="side in pixels (default: 32)")
+    return parser
+
+
+def described_model(args: argparse.Namespace) -> Weights:
+    """The model of --weights, or that of the other flags.
+
+    Raises:
+        UserError: both are given.
+    """
+    described = {
+        name: getattr(args, name)
+        for name in ("num_classes", "width_mult", "output_stride")
+        if getattr(args, name) is not None
+    }
+    if not args.weights:
+        return Weights(MobileNetV2(**described), image_size=args.image_size or DEFAULT_IMAGE_SIZE)
+    if args.image_size is not None:
+        described["image_size"] = args.image_size
+    if described:
+        raise errors.UserError(
+            f"--{next(iter(described))} is what --weights says already: give one of the two"
+        )
+    return load_weights(args.weights)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write the template."""
+    files.check_output(args.o, force=args.force)
+    weights = described_model(args)
+    layers = model_statistics(weights.model, weights.image_size).layers
+    write_sparsity_dict(args.o, {layer.name: 1.0 for layer in layers}, layers)
+    print(f"wrote {args.o}: {len(layers)} layers")
+    print(MEANING)
+
+
+if __name__ == "__main__":
+    errors.run(lambda: main(get_args_parser().parse_args()))
