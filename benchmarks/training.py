@@ -1,0 +1,225 @@
+"""Training throughput of train.py's path against the usual CIFAR loop, in images a second.
+
+Usual: MobileNetV2 as torchvision builds it, in contiguous NCHW, a DataLoader over PIL images with
+torchvision's random crop and flip, SGD with Nesterov momentum. Ours: the same model, batch size,
+augmentation kind and optimizer through utils/batches.py, utils/fast_convolution.py and
+utils/training.py. Each side lives in a process of its own, since ours also sets up the allocator,
+and the two take turns: a few steps each, again and again; medians of the rounds are compared.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from models import MobileNetV2
+from models.mobilenetv2 import OUTPUT_STRIDES
+from utils import cli, errors, runtime
+from utils.batches import Batches
+from utils.data import Normalization, Split, load_data, measure_normalization
+from utils.fast_convolution import use_fast_convolutions
+from utils.optimization import MOMENTUM
+from utils.tables import format_table
+from utils.training import cross_entropy, train_one_epoch
+
+LR = 0.01
+WORKERS = 2
+
+
+class PillowImages(Dataset):
+    """A split as the usual data sets give it: a PIL image and a label at a time."""
+
+    def __init__(self, split: Split, transform: Callable) -> None:
+        self.images = [transforms.functional.to_pil_image(image) for image in split.images]
+        self.labels = split.labels.tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        """The augmented image and its label."""
+        return self.transform(self.images[index]), self.labels[index]
+
+
+class UsualLoop:
+    """Trains as the well-known CIFAR repos do."""
+
+    def __init__(self, split: Split, normalization: Normalization, case: "Case") -> None:
+        transform = transforms.Compose(
+            [
+                transforms.RandomCrop(32, padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(normalization.mean, normalization.std),
+            ]
+        )
+        self.loader = DataLoader(
+            PillowImages(split, transform),
+            case.batch_size,
+            shuffle=True,
+            num_workers=WORKERS,
+            drop_last=True,
+            persistent_workers=True,
+        )
+        # torchvision's model has no output stride; ours has its layers and none of our speed-ups.
+        self.model = MobileNetV2(output_stride=case.output_stride).train()
+        self.criterion = nn.CrossEntropyLoss()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=LR, momentum=MOMENTUM, nesterov=True)
+        self.batches = iter(())
+
+    def step(self, count: int) -> None:
+        """Train on the next `count` batches."""
+        for _ in range(count):
+            batch = next(self.batches, None)
+            if batch is None:
+                self.batches = iter(self.loader)
+                batch = next(self.batches)
+            images, labels = batch
+            self.optimizer.zero_grad()
+            loss = self.criterion(self.model(images), labels)
+            loss.backward()
+            self.optimizer.step()
+            loss.item()
+
+
+class OurLoop:
+    """Trains as train.py does."""
+
+    def __init__(self, split: Split, normalization: Normalization, case: "Case") -> None:
+        runtime.keep_freed_memory()
+        self.model = MobileNetV2(output_stride=case.output_stride).to(memory_format=torch.channels_last)
+        use_fast_convolutions(self.model)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=LR, momentum=MOMENTUM, nesterov=True, fused=True
+        )
+        batches = Batches(
+            split, normalization, case.batch_size, shuffle=True, augment="crop_flip", drop_last=True
+        )
+        self.batches = itertools.chain.from_iterable(
+            dataclasses.replace(batches, epoch=epoch) for epoch in itertools.count()
+        )
+
+    def step(self, count: int) -> None:
+        """Train on the next `count` batches."""
+        train_one_epoch(
+            self.model, itertools.islice(self.batches, count), self.optimizer, cross_entropy(), []
+        )
+
+
+SIDES = {"usual": UsualLoop, "ours": OurLoop}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is timed."""
+
+    output_stride: int
+    batch_size: int
+
+
+def serve(connection: Connection, side: str, case: Case, data: tuple, threads: int) -> None:
+    """In a process of its own: train as many steps as asked for, answer with the seconds."""
+    torch.set_num_threads(threads)
+    loop = SIDES[side](*data, case)
+    while count := connection.recv():
+        start = time.perf_counter()
+        loop.step(count)
+        connection.send(time.perf_counter() - start)
+
+
+def time_case(case: Case, data: tuple, threads: int, rounds: int, steps: int) -> dict[str, list[float]]:
+    """Images a second of each side in each round."""
+    context = multiprocessing.get_context("spawn")
+    connections, processes, speeds = {}, [], {side: [] for side in SIDES}
+    for side in SIDES:
+        connections[side], theirs = context.Pipe()
+        # Not daemonic: the usual loop has worker processes of its own.
+        process = context.Process(target=serve, args=(theirs, side, case, data, threads))
+        process.start()
+        processes.append(process)
+    for round_ in range(-1, rounds):
+        for side, connection in connections.items():
+            connection.send(steps)
+            seconds = connection.recv()
+            # The first round warms up: workers start, buffers are allocated, kernels are chosen.
+            if round_ >= 0:
+                speeds[side].append(steps * case.batch_size / seconds)
+    for connection in connections.values():
+        connection.send(0)
+    for process in processes:
+        process.join()
+    return speeds
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.ArgumentParser(__doc__)
+    parser.add_argument(
+        "--quick", action="store_true", help="one case, few rounds, drawn images: 50 s at most"
+    )
+    parser.add_argument("--output_strides", type=int, nargs="+", choices=OUTPUT_STRIDES, default=[32, 16, 8])
+    parser.add_argument("--batch_sizes", type=cli.positive_int, nargs="+", default=[32, 128])
+    parser.add_argument("--rounds", type=cli.positive_int, default=7)
+    parser.add_argument("--images", type=cli.positive_int, default=768, help="images a round and side")
+    cli.add_data_arguments(parser)
+    parser.set_defaults(dataset="synthetic")
+    cli.add_runtime_arguments(parser)
+    cli.add_record_argument(parser)
+    cli.add_force_argument(parser)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Time every case, print the table and the ratio of the last row."""
+    runtime.set_up(args.seed, args.threads)
+    runtime.check_record(args)
+    if args.quick:
+        args.output_strides, args.batch_sizes, args.rounds, args.images = [32], [128], 3, 512
+    images = load_data(args)
+    data = (images.train.subset(torch.arange(min(len(images.train), 4096))), measure_normalization(images))
+    rows = []
+    for output_stride in args.output_strides:
+        for batch_size in args.batch_sizes:
+            case = Case(output_stride, batch_size)
+            steps = max(1, args.images // batch_size)
+            speeds = time_case(case, data, torch.get_num_threads(), args.rounds, steps)
+            usual, ours = (statistics.median(speeds[side]) for side in ("usual", "ours"))
+            rows.append(
+                {
+                    "output_stride": output_stride,
+                    "batch_size": batch_size,
+                    "usual_images_per_s": usual,
+                    "ours_images_per_s": ours,
+                    "ratio": statistics.median(
+                        our / their for our, their in zip(speeds["ours"], speeds["usual"], strict=True)
+                    ),
+                }
+            )
+    headers = ["output stride", "batch size", "usual img/s", "ours img/s", "ratio"]
+    print(f"torch {torch.__version__}, {runtime.cpu_name()}, {torch.get_num_threads()} threads\n")
+    print(format_table(headers, [list(row.values()) for row in rows]))
+    if args.record:
+        runtime.write_record(args.record, args, {"cases": rows})
+    last = rows[-1]
+    print(
+        f"ratio {last['ratio']:.2f} (training throughput, images/s at output stride "
+        f"{last['output_stride']} and batch {last['batch_size']}, ours against the usual loop)"
+    )
+
+
+if __name__ == "__main__":
+    errors.run(lambda: main(get_args_parser().parse_args()))
