@@ -15,7 +15,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from utils import cli, errors
+from utils import cli, errors, runtime
 from utils.errors import UserError
 from utils.files import check_output
 from utils.tables import format_table
@@ -54,7 +54,8 @@ class Chain:
         for name in ("image_size", "val_size"):
             if getattr(args, name) is not None:
                 self.data += [f"--{name}", getattr(args, name)]
-        self.steps, self.done = steps, 0
+        self.steps = steps
+        self.done: list[dict[str, Any]] = []
 
     def run(self, title: str, script: str, *argv: object) -> None:
         """Run one script; its failure ends the chain.
@@ -62,12 +63,30 @@ class Chain:
         Raises:
             UserError: the script did not end well; it has said why.
         """
-        self.done += 1
-        command = ["python", script, *map(str, argv)]
-        print(f"\n[{self.done}/{self.steps}] {title}\n$ {shlex.join(command)}", flush=True)
-        code = subprocess.run([sys.executable, *command[1:]], cwd=REPOSITORY).returncode
-        if code:
-            raise UserError(f"step {self.done} ({script}) ended with exit code {code}: see above")
+        command = shlex.join(["python", script, *map(str, argv)])
+        print(f"\n[{len(self.done) + 1}/{self.steps}] {title}\n$ {command}", flush=True)
+        start = time.perf_counter()
+        printed = []
+        # Unbuffered, so that what a script prints is seen as it comes.
+        with subprocess.Popen(
+            [sys.executable, "-u", str(REPOSITORY / script), *map(str, argv)],
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                printed.append(line.rstrip("\n"))
+        if process.returncode:
+            raise UserError(f"{script} ended with exit code {process.returncode}: see above")
+        self.done.append(
+            {
+                "title": title,
+                "script": script,
+                "command": command,
+                "seconds": round(time.perf_counter() - start, 1),
+                "printed": printed,
+            }
+        )
 
     def record(self, name: str) -> dict[str, Any]:
         """The results that a step recorded."""
@@ -75,15 +94,15 @@ class Chain:
 
     def path(self, name: str) -> Path:
         """A file of the demo."""
-        return (self.folder / name).resolve()
+        return self.folder / name
 
 
 def run_chain(chain: Chain, args: argparse.Namespace) -> dict[str, Path]:
     """Train, evaluate, scan, prune, convert, quantize; the file of each variant."""
-    path, data, runtime, force = chain.path, chain.data, chain.runtime, ["--force"]
+    path, data, seeded, force = chain.path, chain.data, chain.runtime, ["--force"]
     recipe = ["--batch_size", 64]
     chain.run(
-        "train the float model", "train.py", *data, *runtime, *force, *recipe,
+        "train the float model", "train.py", *data, *seeded, *force, *recipe,
         "--epochs", args.epochs, "--lr", 0.1,
         "--width_mult", args.width_mult, "--output_stride", args.output_stride,
         "--output", path("float.pth"), "--record", path("records/train.json"),
@@ -96,7 +115,7 @@ def run_chain(chain: Chain, args: argparse.Namespace) -> dict[str, Path]:
     threshold = max(1.0, chain.record("train")["val_accuracy_pct"] - ACCEPTED_LOSS_OF_A_LAYER)
     chain.run(
         "prune each layer alone and see what it costs", "scripts/sensitivity_scan.py",
-        *data, *runtime, *force, "--weights", path("float.pth"), "--split", "val",
+        *data, *seeded, *force, "--weights", path("float.pth"), "--split", "val",
         "--accuracy_threshold", f"{threshold:.2f}", "--sparsities", *args.sparsities,
         "--o", path("scanning_log.csv"),
     )  # fmt: skip
@@ -105,7 +124,7 @@ def run_chain(chain: Chain, args: argparse.Namespace) -> dict[str, Path]:
         "--f", path("scanning_log.csv"), "--o", path("sparsity_dict.csv"),
     )  # fmt: skip
     chain.run(
-        "prune and recover", "prune.py", *data, *runtime, *force, *recipe,
+        "prune and recover", "prune.py", *data, *seeded, *force, *recipe,
         "--epochs", args.recovery_epochs, "--lr", 0.05,
         "--weights", path("float.pth"), "--sparsity_dict", path("sparsity_dict.csv"),
         "--output", path("pruned.pth"),
@@ -115,11 +134,11 @@ def run_chain(chain: Chain, args: argparse.Namespace) -> dict[str, Path]:
         "--weights", path("pruned.pth"), "--output", path("qmodel.pth"),
     )  # fmt: skip
     chain.run(
-        "quantize after training", "post_training_quantization.py", *data, *runtime, *force,
+        "quantize after training", "post_training_quantization.py", *data, *seeded, *force,
         "--weights", path("qmodel.pth"), "--output_dir", path("scripted_weights"),
     )  # fmt: skip
     chain.run(
-        "quantize while training", "quantization_aware_training.py", *data, *runtime, *force, *recipe,
+        "quantize while training", "quantization_aware_training.py", *data, *seeded, *force, *recipe,
         "--epochs", args.qat_epochs, "--lr", 0.005,
         "--weights", path("qmodel.pth"), "--output", path("scripted_weights/mobilenetv2_qat.pt"),
     )  # fmt: skip
@@ -181,13 +200,15 @@ def format_summary(rows: list[dict[str, Any]]) -> str:
 
 def main(args: argparse.Namespace) -> None:
     """Run every step, then print and keep the table."""
+    runtime.set_up(args.seed, args.threads)
     start = time.perf_counter()
     chain = Chain(args, steps=14)
     summary = check_output(chain.path("summary.json"), force=args.force)
     chain.path("records").mkdir(parents=True, exist_ok=True)
     rows = measure(chain, args, run_chain(chain, args))
-    summary.write_text(json.dumps(rows, indent=2) + "\n")
-    print(f"\n{format_summary(rows)}\n\n{time.perf_counter() - start:.0f} s; everything is in {chain.folder}")
+    seconds = round(time.perf_counter() - start)
+    runtime.write_record(summary, args, {"variants": rows, "steps": chain.done, "seconds": seconds})
+    print(f"\n{format_summary(rows)}\n\n{seconds} s; everything is in {chain.folder}")
 
 
 if __name__ == "__main__":
