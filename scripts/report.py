@@ -80,8 +80,9 @@ def chain_table(results: Results, argument: str) -> str:
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
+        points = row["accuracy_pct"] - base["accuracy_pct"]
         lines.append(
-            f"| {row['variant']} | {row['accuracy_pct']:.2f} | {row['accuracy_pct'] - base['accuracy_pct']:+.2f} "
+            f"| {row['variant']} | {row['accuracy_pct']:.2f} | {points:+.2f} "
             f"| {row['size_mb']:.2f} | {row['density']:.3f} | {row['latency_ms']:.2f} "
             f"| {base['latency_ms'] / row['latency_ms']:.2f}× |"
         )
