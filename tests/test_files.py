@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from utils.errors import UserError
-from utils.files import atomic_write, check_input, check_output, file_size_mb, save_torch, write_csv
+from utils.files import atomic_write, check_input, check_output, file_size_mb, save_torch
 
 OLD = "what stood there"
 
@@ -162,9 +162,3 @@ def test_inputs_that_are_no_files_are_named(target, path, reason):
 def test_sizes_are_in_mebibytes(tmp_path):
     (tmp_path / "x").write_bytes(bytes(3 * 2**19))
     assert file_size_mb(tmp_path / "x") == 1.5
-
-
-def test_csv_round_trip(tmp_path):
-    rows = [{"layer": "a,b", "latency_ms": 0.125}, {"layer": 'say "ç"', "latency_ms": None}]
-    write_csv(tmp_path / "x.csv", rows)
-    assert (tmp_path / "x.csv").read_bytes().decode() == 'layer,latency_ms\n"a,b",0.125\n"say ""ç""",\n'

@@ -1,9 +1,8 @@
 """Writing files so that a reader never meets half of one."""
 
-import csv
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -104,18 +103,6 @@ def save_torch(path: str | os.PathLike, content: Any) -> None:
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         # Given a path instead, torch would keep the temporary name within the file.
         torch.save(content, file)
-
-
-def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows of the same keys, at least one, under a header, through `atomic_write`.
-
-    Raises:
-        UserError: as `atomic_write`.
-    """
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _temporary_beside(path: str | os.PathLike) -> Path:
