@@ -1,0 +1,166 @@
+"""One run over several processes, as torchrun starts them; a plain `python` call is one process.
+
+Every process holds the whole model and computes a slice of each batch. Batch norm and dropout see the
+whole batch, so that the same batch size trains the same model however many processes share it. Only
+the main process (rank 0) prints and writes.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.errors import UserError
+
+
+def launched() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def start() -> None:
+    """Join the other processes, if there are any; all but the main one fall silent.
+
+    Raises:
+        UserError: the others cannot be reached.
+    """
+    if not launched() or dist.is_initialized():
+        return
+    try:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the processes of this run cannot reach each other ({error})") from error
+    if not is_main():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  it stays open for the life of the process
+
+
+def rank() -> int:
+    """This process among the others, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes share the run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Let the main process run the block before the others do (a download, a cache)."""
+    if not is_main():
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if is_main():
+            barrier()
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes in the order of their ranks, on every process."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def share(batch: Tensor) -> Tensor:
+    """This process's slice of a batch.
+
+    Raises:
+        UserError: the batch cannot be shared out evenly.
+    """
+    if len(batch) % world_size():
+        raise UserError(
+            f"a batch of {len(batch)} images cannot be shared out among {world_size()} processes: "
+            "give a --batch_size that is a multiple"
+        )
+    size = len(batch) // world_size()
+    return batch[rank() * size : (rank() + 1) * size]
+
+
+def parallelize(model: nn.Module) -> nn.Module:
+    """What to call instead of `model` in training; its gradients are averaged over all processes."""
+    if world_size() == 1:
+        return model
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SynchronizedBatchNorm2d
+        elif type(module) is nn.Dropout:
+            module.__class__ = SynchronizedDropout
+    return DistributedDataParallel(model)
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: FunctionCtx, x: Tensor) -> Tensor:
+        return sum_over_processes(x.clone())
+
+    @staticmethod
+    def backward(_ctx: FunctionCtx, grad_output: Tensor) -> Tensor:
+        # Every process's loss depends on every process's input.
+        return sum_over_processes(grad_output.clone())
+
+
+class SynchronizedBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the batch of all processes; torch's own SyncBatchNorm needs a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize (N, C, H, W) by the statistics of all processes' N * H * W values."""
+        if not self.training:
+            return super().forward(x)
+        # The variance is taken around a point near the mean, where the difference of squares loses
+        # no digits.
+        center = self.running_mean.detach().clone()
+        centered = x - center.view(1, -1, 1, 1)
+        moments = torch.stack([centered.mean((0, 2, 3)), centered.square().mean((0, 2, 3))])
+        mean, square = _SumOverProcesses.apply(moments) / world_size()
+        variance = square - mean.square()
+        if self.track_running_stats:
+            self._track(center + mean.detach(), variance.detach(), x.numel() // x.shape[1] * world_size())
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        shift = self.bias - mean * scale
+        return centered * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+
+
+class SynchronizedDropout(nn.Dropout):
+    """Dropout that draws for the whole batch and uses the part that is this process's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop values of (N, C), each with probability `p`."""
+        if not self.training or self.p == 0:
+            return x
+        keep = torch.empty(world_size() * len(x), *x.shape[1:], dtype=x.dtype, device=x.device)
+        return x * (share(keep.bernoulli_(1 - self.p)) / (1 - self.p))
