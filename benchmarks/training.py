@@ -171,9 +171,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick", action="store_true", help="one case, few rounds, drawn images: 50 s at most"
     )
-    parser.add_argument("--output_strides", type=int, nargs="+", choices=OUTPUT_STRIDES, default=[32, 16, 8])
-    parser.add_argument("--batch_sizes", type=cli.positive_int, nargs="+", default=[32, 128])
-    parser.add_argument("--rounds", type=cli.positive_int, default=7)
+    parser.add_argument(
+        "--output_strides",
+        type=int,
+        nargs="+",
+        choices=OUTPUT_STRIDES,
+        default=[32, 16, 8],
+        help="of the model",
+    )
+    parser.add_argument(
+        "--batch_sizes", type=cli.positive_int, nargs="+", default=[32, 128], help="images a step"
+    )
+    parser.add_argument("--rounds", type=cli.positive_int, default=7, help="of both sides in turn")
     parser.add_argument("--images", type=cli.positive_int, default=768, help="images a round and side")
     cli.add_data_arguments(parser)
     parser.set_defaults(dataset="synthetic")

@@ -34,9 +34,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--qat_epochs", type=cli.positive_int, default=2, help="of quantization-aware training"
     )
-    parser.add_argument("--width_mult", type=cli.positive_float, default=0.5)
-    parser.add_argument("--output_stride", type=int, default=16)
-    parser.add_argument("--sparsities", type=cli.fraction, nargs="+", default=[0.25, 0.5, 0.75])
+    parser.add_argument("--width_mult", type=cli.positive_float, default=0.5, help="as train.py's")
+    parser.add_argument("--output_stride", type=int, default=16, help="as train.py's")
+    parser.add_argument(
+        "--sparsities", type=cli.fraction, nargs="+", default=[0.25, 0.5, 0.75], help="as the scan's"
+    )
     parser.add_argument("--rounds", type=cli.positive_int, default=200, help="of the benchmark")
     cli.add_data_arguments(parser)
     parser.set_defaults(dataset="synthetic")
