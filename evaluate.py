@@ -1,0 +1,115 @@
+"""Evaluate any file that holds a model: float or pruned weights, a qmodel, or TorchScript.
+
+Prints accuracy, accuracy by class and loss on a split, and what the model holds and costs.
+"""
+
+import argparse
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+from utils import cli, errors, runtime
+from utils.batches import Batches
+from utils.data import load_data
+from utils.evaluation import Evaluation, evaluate
+from utils.files import file_size_mb
+from utils.model_files import ModelFile, open_model
+from utils.tables import format_table
+from utils.weights import add_output_stride_argument
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.ArgumentParser(__doc__)
+    parser.add_argument("--weights", required=True, help="file of any kind that this project writes")
+    add_output_stride_argument(parser)
+    parser.add_argument(
+        "--split", choices=("test", "val", "train"), default="test", help="images to evaluate on"
+    )
+    parser.add_argument("--batch_size", type=cli.positive_int, default=500, help="images a batch")
+    cli.add_data_arguments(parser)
+    cli.add_runtime_arguments(parser)
+    cli.add_record_argument(parser)
+    cli.add_force_argument(parser)
+    return parser
+
+
+def describe_accuracy(split: str, evaluation: Evaluation, class_names: tuple[str, ...]) -> str:
+    """Accuracy and loss in a line, and a table by class."""
+    by_class = zip(class_names, evaluation.correct_by_class, evaluation.total_by_class, strict=True)
+    rows = [
+        (name, f"{100 * correct / total:.2f}" if total else None, correct, total)
+        for name, correct, total in by_class
+    ]
+    return (
+        f"{split} accuracy {evaluation.accuracy_pct:.2f} % ({evaluation.correct} / {evaluation.total}), "
+        f"loss {evaluation.loss:.4f}\n\n" + format_table(["class", "accuracy %", "correct", "images"], rows)
+    )
+
+
+def describe_model(file: ModelFile) -> str:
+    """What the model holds and costs, a line each."""
+    return format_table(
+        ["model", file.variant],
+        [
+            ("parameters", file.parameters),
+            ("nonzero", file.nonzeros),
+            ("density %", f"{100 * file.density:.2f}"),
+            ("size dense, MB", f"{file.dense_size_mb:.2f}"),
+            ("size of the nonzeros, MB", f"{file.nonzero_size_mb:.2f}"),
+            ("size of the file, MB", f"{file_size_mb(file.path):.2f}"),
+            (f"MACs an image of {file.image_size}x{file.image_size}", file.macs),
+        ],
+    )
+
+
+def as_record(
+    file: ModelFile, split: str, evaluation: Evaluation, class_names: tuple[str, ...]
+) -> dict[str, Any]:
+    """The same numbers under their names."""
+    return {
+        "variant": file.variant,
+        "split": split,
+        "accuracy_pct": evaluation.accuracy_pct,
+        "correct": evaluation.correct,
+        "total": evaluation.total,
+        "loss": evaluation.loss,
+        "correct_by_class": dict(zip(class_names, evaluation.correct_by_class, strict=True)),
+        "total_by_class": dict(zip(class_names, evaluation.total_by_class, strict=True)),
+        "parameters": file.parameters,
+        "nonzeros": file.nonzeros,
+        "density": file.density,
+        "dense_size_mb": file.dense_size_mb,
+        "nonzero_size_mb": file.nonzero_size_mb,
+        "file_size_mb": file_size_mb(file.path),
+        "macs": file.macs,
+        "image_size": file.image_size,
+    }
+
+
+def main(args: argparse.Namespace) -> None:
+    """Open the file, evaluate it, print and record."""
+    runtime.set_up(args.seed, args.threads)
+    runtime.check_record(args)
+    file = open_model(args.weights, args.output_stride)
+    data = load_data(args, file.image_size)
+    normalization = file.fit(data)
+    split = data.split(args.split)
+    batches = tqdm(
+        Batches(split, normalization, args.batch_size),
+        desc=f"evaluating on {args.split}",
+        leave=False,
+        disable=not sys.stderr.isatty(),
+    )
+    file.use_engine()
+    evaluation = evaluate(file.model, batches)
+    print(describe_accuracy(args.split, evaluation, data.class_names))
+    print()
+    print(describe_model(file))
+    if args.record:
+        runtime.write_record(args.record, args, as_record(file, args.split, evaluation, data.class_names))
+
+
+if __name__ == "__main__":
+    errors.run(lambda: main(get_args_parser().parse_args()))

@@ -1,0 +1,148 @@
+"""Time the inference of files of any kind, side by side: in each round every file runs once.
+
+Weights (.pth) are measured as people would deploy them: batch norms folded into the convolutions,
+as a frozen TorchScript module, in whichever of its forms is the fastest here at this batch size.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from utils import cli, errors, runtime
+from utils.csv_files import write_csv
+from utils.errors import UserError
+from utils.files import check_output, file_size_mb
+from utils.latency import Latency, measure_latency
+from utils.model_files import ModelFile, open_model
+from utils.tables import format_table
+from utils.torchscript import fastest_form
+from utils.weights import add_output_stride_argument
+
+# Name in CSV and record, header in the printed table, decimals in both.
+COLUMNS = (
+    ("size_mb", "size MB", 2),
+    ("median_latency_ms", "median ms", 3),
+    ("p90_latency_ms", "p90 ms", 3),
+    ("p99_latency_ms", "p99 ms", 3),
+    ("median_latency_ms_per_image", "ms an image", 4),
+    ("images_per_s", "images/s", 1),
+    ("speedup", "speed-up", 2),
+)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.ArgumentParser(__doc__)
+    parser.add_argument(
+        "--model_file",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="files of any kind that this project writes; the others are compared with the first",
+    )
+    add_output_stride_argument(parser)
+    parser.add_argument("--batch_size", type=cli.positive_int, default=1, help="images a call")
+    parser.add_argument("--rounds", type=cli.positive_int, default=200, help="times taken of each file")
+    parser.add_argument(
+        "--warm_up", type=cli.positive_int, default=10, help="untimed calls of each file before the rounds"
+    )
+    parser.add_argument("--csv", metavar="FILE", help="write the table as CSV")
+    cli.add_runtime_arguments(parser)
+    cli.add_record_argument(parser)
+    cli.add_force_argument(parser)
+    return parser
+
+
+def open_files(args: argparse.Namespace) -> dict[str, ModelFile]:
+    """The files by the names they were given.
+
+    Raises:
+        UserError: one of them cannot be opened, or they take images of different sizes.
+    """
+    files = {path: open_model(path, args.output_stride) for path in dict.fromkeys(args.model_file)}
+    first = files[args.model_file[0]]
+    for file in files.values():
+        if file.image_size != first.image_size:
+            raise UserError(
+                f"{file.path} takes images of {file.image_size} pixels, {first.path} of {first.image_size}: "
+                "give files of one image size"
+            )
+    return files
+
+
+def deployed(file: ModelFile, inputs: Tensor) -> tuple[Callable[[Tensor], Tensor], str]:
+    """The model as it is timed, and what to call that."""
+    if file.engine:
+        return file.model, f"TorchScript, engine {file.engine}"
+    return fastest_form(file.model, inputs)
+
+
+def rows_of(files: dict[str, ModelFile], measured: dict[str, Latency]) -> list[dict[str, Any]]:
+    """A row a file, unit in each name; `speedup` is how many times as fast as the first file."""
+    first = next(iter(measured.values()))
+    rows = []
+    for name, latency in measured.items():
+        values = (
+            file_size_mb(name),
+            latency.median_ms,
+            latency.p90_ms,
+            latency.p99_ms,
+            latency.median_ms_per_image,
+            latency.images_per_s,
+            latency.speedup_over(first),
+        )
+        numbers = {key: round(v, digits) for (key, _, digits), v in zip(COLUMNS, values, strict=True)}
+        rows.append({"file": name, "variant": files[name].variant, **numbers})
+    return rows
+
+
+def format_rows(rows: list[dict[str, Any]]) -> str:
+    """The table as it is printed."""
+    return format_table(
+        ["file", "variant", *(header for _, header, _ in COLUMNS)],
+        [
+            [row["file"], row["variant"], *(f"{row[key]:.{digits}f}" for key, _, digits in COLUMNS)]
+            for row in rows
+        ],
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    """Open the files, time them in rounds, print, write and record."""
+    runtime.set_up(args.seed, args.threads)
+    runtime.check_record(args)
+    if args.csv:
+        check_output(args.csv, force=args.force)
+    files = open_files(args)
+    image_size = next(iter(files.values())).image_size
+    inputs = torch.randn(args.batch_size, 3, image_size, image_size).to(memory_format=torch.channels_last)
+
+    models = {}
+    for name, file in files.items():
+        models[name], form = deployed(file, inputs)
+        print(f"{name}: {file.variant}, {form}")
+
+    measured = measure_latency(
+        models, inputs, args.rounds, args.warm_up, before=lambda name: files[name].use_engine()
+    )
+    rows = rows_of(files, measured)
+    print(
+        f"torch {torch.__version__}, {runtime.cpu_name()}, {torch.get_num_threads()} threads, "
+        f"batch size {args.batch_size}, images of {image_size}x{image_size}, {args.rounds} rounds\n"
+    )
+    print(format_rows(rows))
+    if args.csv:
+        write_csv(args.csv, list(rows[0]), [row.values() for row in rows])
+    if args.record:
+        runtime.write_record(args.record, args, {"batch_size": args.batch_size, "files": rows})
+
+
+if __name__ == "__main__":
+    errors.run(lambda: main(get_args_parser().parse_args()))

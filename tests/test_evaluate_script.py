@@ -1,0 +1,165 @@
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models import MobileNetV2, MobileNetV2Quantization
+from utils.model_statistics import model_statistics
+from utils.weights import Weights, load_weights, save_weights
+
+CLASSES = ("blue", "green", "red")
+
+
+@pytest.fixture(scope="module")
+def evaluate(run_script, tiny_folder):
+    def run(*argv, **kwargs):
+        return run_script(
+            *("evaluate.py", "--dataset", "folder", "--data_dir", tiny_folder, "--threads", 1, *argv),
+            **kwargs,
+        )
+
+    return run
+
+
+def plain_evaluation(weights_path: Path, folder: Path) -> tuple[list[int], float]:
+    """Right answers by class and mean loss, an image at a time and without the project's own loops."""
+    weights = load_weights(weights_path)
+    mean, std = np.array(weights.normalization.mean), np.array(weights.normalization.std)
+    correct, losses = [0, 0, 0], []
+    for label, name in enumerate(CLASSES):
+        for file in sorted((folder / name).iterdir()):
+            pixels = (np.asarray(Image.open(file)) / 255 - mean) / std
+            image = torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None]
+            with torch.inference_mode():
+                logits = weights.model(image)
+            correct[label] += int(logits.argmax()) == label
+            losses.append(-torch.log_softmax(logits, 1)[0, label].item())
+    return correct, float(np.mean(losses))
+
+
+def test_the_numbers_are_those_of_a_plain_loop(evaluate, tiny_folder, tiny_weights, tmp_path):
+    record_path = tmp_path / "record.json"
+    done = evaluate("--weights", tiny_weights, "--batch_size", 7, "--record", record_path)
+    correct, loss = plain_evaluation(tiny_weights, tiny_folder / "test")
+    accuracy_pct = 100 * sum(correct) / 90
+    assert f"test accuracy {accuracy_pct:.2f} % ({sum(correct)} / 90), loss {loss:.4f}" in done.stdout
+    table = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line}
+    for name, hits in zip(CLASSES, correct, strict=True):
+        assert table[name] == [f"{100 * hits / 30:.2f}", str(hits), "30"]
+
+    statistics = model_statistics(load_weights(tiny_weights).model, 32)
+    record = json.loads(record_path.read_text())
+    results = record["results"]
+    assert results["loss"] == pytest.approx(loss, rel=1e-5)
+    assert {key: value for key, value in results.items() if key != "loss"} == {
+        "variant": "float",
+        "split": "test",
+        "accuracy_pct": accuracy_pct,
+        "correct": sum(correct),
+        "total": 90,
+        "correct_by_class": dict(zip(CLASSES, correct, strict=True)),
+        "total_by_class": dict.fromkeys(CLASSES, 30),
+        "parameters": statistics.parameters,
+        "nonzeros": statistics.nonzeros,
+        "density": statistics.nonzeros / statistics.parameters,
+        "dense_size_mb": statistics.parameters * 4 / 2**20,
+        "nonzero_size_mb": statistics.nonzeros * 4 / 2**20,
+        "file_size_mb": tiny_weights.stat().st_size / 2**20,
+        "macs": statistics.macs,
+        "image_size": 32,
+    }
+    assert record["threads"] == 1
+    assert record["arguments"]["batch_size"] == 7
+    assert f"{statistics.parameters}" in done.stdout
+    assert f"{statistics.macs}" in done.stdout
+
+
+@pytest.mark.parametrize(("split", "total"), [("val", 18), ("train", 162)])
+def test_other_splits(evaluate, tiny_weights, split, total):
+    done = evaluate("--weights", tiny_weights, "--split", split)
+    assert f"{split} accuracy " in done.stdout
+    assert f" / {total}), loss" in done.stdout
+
+
+def test_a_pruned_file_shows_its_density(evaluate, tiny_weights, tmp_path):
+    weights = load_weights(tiny_weights)
+    with torch.no_grad():
+        for parameter in weights.model.parameters():
+            parameter.fill_(1)
+        layer = weights.model.features[18][0].weight
+        layer[:640] = 0
+    parameters = sum(p.numel() for p in weights.model.parameters())
+    zeros = layer[:640].numel()
+    save_weights(tmp_path / "pruned.pth", weights, Namespace())
+    shown = [line.split() for line in evaluate("--weights", tmp_path / "pruned.pth").stdout.splitlines()]
+    assert ["parameters", str(parameters)] in shown
+    assert ["nonzero", str(parameters - zeros)] in shown
+    assert ["density", "%", f"{100 * (parameters - zeros) / parameters:.2f}"] in shown
+
+
+def test_the_published_models_numbers(run_script, tiny_folder, tmp_path):
+    torch.manual_seed(0)
+    save_weights(tmp_path / "w.pth", Weights(MobileNetV2(num_classes=3)), Namespace())
+    done = run_script(
+        *("evaluate.py", "--weights", tmp_path / "w.pth", "--dataset", "folder"),
+        *("--data_dir", tiny_folder, "--output_stride", 32, "--threads", 1),
+    )
+    shown = [line.split() for line in done.stdout.splitlines()]
+    # 10 classes make 2,236,682 parameters and 6,124,928 multiply-adds; seven fewer outputs, these.
+    assert ["parameters", str(2_236_682 - 7 * 1281)] in shown
+    assert ["MACs", "an", "image", "of", "32x32", str(6_124_928 - 7 * 1280)] in shown
+    assert ["size", "dense,", "MB", "8.50"] in shown
+
+
+def test_a_bare_state_dict_takes_names_and_normalization_from_the_images(
+    evaluate, tiny_folder, tiny_weights, tmp_path
+):
+    from utils.data import load_data, measure_normalization
+
+    torch.save(load_weights(tiny_weights).model.state_dict(), tmp_path / "bare.pth")
+    done = evaluate("--weights", tmp_path / "bare.pth", "--output_stride", 32)
+    images = load_data(Namespace(dataset="folder", data_dir=tiny_folder, image_size=None, val_size=None))
+    weights = load_weights(tmp_path / "bare.pth", output_stride=32)
+    weights.normalization = measure_normalization(images)
+    save_weights(tmp_path / "with.pth", weights, Namespace())
+    correct, loss = plain_evaluation(tmp_path / "with.pth", tiny_folder / "test")
+    assert f"({sum(correct)} / 90), loss {loss:.4f}" in done.stdout
+
+
+def test_a_qmodel_has_the_accuracy_of_its_float_model(evaluate, tiny_weights, tmp_path):
+    weights = load_weights(tiny_weights)
+    model = MobileNetV2Quantization(**weights.model.architecture)
+    model.load_state_dict(weights.model.state_dict())
+    weights.model, weights.kind = model, "qmodel"
+    save_weights(tmp_path / "qmodel.pth", weights, Namespace())
+    expected = evaluate("--weights", tiny_weights).stdout
+    shown = evaluate("--weights", tmp_path / "qmodel.pth").stdout
+    assert shown.splitlines()[0] == expected.splitlines()[0]
+    assert "qmodel" in shown
+
+
+def test_bad_input(evaluate, tiny_weights, tiny_folder, tmp_path):
+    def refused(*argv):
+        return evaluate(*argv, expect=2).stderr
+
+    assert "does not exist" in refused("--weights", tmp_path / "none.pth")
+    assert "required: --weights" in refused()
+    assert "'0' must be a whole number of at least 1" in refused("--weights", tiny_weights, "--batch_size", 0)
+    save_weights(tmp_path / "four.pth", Weights(MobileNetV2(4, 0.1)), Namespace())
+    assert "has 4 classes, the images have 3" in refused("--weights", tmp_path / "four.pth")
+    other = load_weights(tiny_weights)
+    other.class_names = ("blue", "red", "green")
+    save_weights(tmp_path / "other.pth", other, Namespace())
+    assert "knows class 1 as 'red', the images as 'green'" in refused("--weights", tmp_path / "other.pth")
+    (tmp_path / "there.json").write_text("old")
+    assert "there.json exists: give --force" in refused(
+        "--weights", tiny_weights, "--record", tmp_path / "there.json"
+    )
+    assert (tmp_path / "there.json").read_text() == "old"
+    assert "the val split holds no images" in refused(
+        "--weights", tiny_weights, "--split", "val", "--val_size", 0
+    )
