@@ -6,10 +6,13 @@ Importing torch and torchvision takes seconds; a forked process starts with them
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -39,6 +42,29 @@ def run(
         out.seek(0)
         err.seek(0)
         return subprocess.CompletedProcess(argv, process.exitcode, out.read(), err.read())
+
+
+def run_until(
+    argv: list[str], ready: Callable[[], bool], sign: signal.Signals, timeout: float = 120
+) -> subprocess.Popen:
+    """Start a script and send it `sign` as soon as `ready()`; its exit code and output."""
+    process = subprocess.Popen(
+        [sys.executable, *argv],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores Ctrl-C; a user's foreground one does not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline and process.poll() is None:
+        if ready():
+            process.send_signal(sign)
+            break
+        time.sleep(0.01)
+    process.wait(60)
+    return process
 
 
 def _run_script(argv: list[str], out: str, err: str, env: dict[str, str]) -> None:

@@ -2,14 +2,13 @@ import csv
 import json
 import signal
 import subprocess
-import sys
-import time
 
 import pytest
 import torch
 import torchvision
 
-from tests.conftest import REPOSITORY, TINY_CLASSES
+from tests import script_process
+from tests.conftest import TINY_CLASSES
 from utils.pretrained import load_pretrained
 
 FAST = ("--width_mult", 0.1, "--output_stride", 32, "--batch_size", 32, "--threads", 1)
@@ -48,23 +47,11 @@ def test_it_learns_and_writes_what_it_says(train, tmp_path):
 def kill_after(epochs: int, output, argv, sign) -> subprocess.Popen:
     """Start train.py and send `sign` once `epochs` are in the history."""
     history = output.with_name(f"{output.stem}.history.csv")
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *map(str, argv), "--output", str(output)],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell's background job ignores Ctrl-C; a user's foreground one does not.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if history.is_file() and len(history.read_text().splitlines()) > epochs:
-            process.send_signal(sign)
-            break
-        time.sleep(0.02)
-    process.wait(60)
-    return process
+
+    def ready() -> bool:
+        return history.is_file() and len(history.read_text().splitlines()) > epochs
+
+    return script_process.run_until(["train.py", *map(str, argv), "--output", str(output)], ready, sign)
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
