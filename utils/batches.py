@@ -22,6 +22,7 @@ class Batches:
         batch_size: images a batch; the last batch is smaller, and left out with `drop_last`.
         shuffle: a new order at each `epoch`, drawn from `seed` and `epoch` alone, so that a
             resumed run sees what an unbroken one would.
+        limit: batches in all, at most; None is as many as the split makes.
         augment: one of AUGMENTATIONS: zero-padded random crop, horizontal flip, and cutout
             (DeVries & Taylor, 2017, https://arxiv.org/abs/1708.04552) of `cutout_size` pixels.
     """
@@ -33,13 +34,14 @@ class Batches:
     augment: str = "none"
     cutout_size: int = 8
     drop_last: bool = False
+    limit: int | None = None
     seed: int = 0
     epoch: int = 0
 
     def __len__(self) -> int:
-        if self.drop_last:
-            return len(self.split) // self.batch_size
-        return -(-len(self.split) // self.batch_size)
+        whole, rest = divmod(len(self.split), self.batch_size)
+        count = whole if self.drop_last or not rest else whole + 1
+        return count if self.limit is None else min(count, self.limit)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
