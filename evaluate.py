@@ -53,13 +53,13 @@ def describe_model(file: ModelFile) -> str:
     return format_table(
         ["model", file.variant],
         [
-            ("parameters", file.parameters),
-            ("nonzero", file.nonzeros),
+            ("parameters", f"{file.parameters:,}"),
+            ("nonzero", f"{file.nonzeros:,}"),
             ("density %", f"{100 * file.density:.2f}"),
             ("size dense, MB", f"{file.dense_size_mb:.2f}"),
             ("size of the nonzeros, MB", f"{file.nonzero_size_mb:.2f}"),
             ("size of the file, MB", f"{file_size_mb(file.path):.2f}"),
-            (f"MACs an image of {file.image_size}x{file.image_size}", file.macs),
+            (f"MACs an image of {file.image_size}x{file.image_size}", f"{file.macs:,}"),
         ],
     )
 

@@ -74,8 +74,8 @@ def test_the_numbers_are_those_of_a_plain_loop(evaluate, tiny_folder, tiny_weigh
     }
     assert record["threads"] == 1
     assert record["arguments"]["batch_size"] == 7
-    assert f"{statistics.parameters}" in done.stdout
-    assert f"{statistics.macs}" in done.stdout
+    assert f"{statistics.parameters:,}" in done.stdout
+    assert f"{statistics.macs:,}" in done.stdout
 
 
 @pytest.mark.parametrize(("split", "total"), [("val", 18), ("train", 162)])
@@ -96,8 +96,8 @@ def test_a_pruned_file_shows_its_density(evaluate, tiny_weights, tmp_path):
     zeros = layer[:640].numel()
     save_weights(tmp_path / "pruned.pth", weights, Namespace())
     shown = [line.split() for line in evaluate("--weights", tmp_path / "pruned.pth").stdout.splitlines()]
-    assert ["parameters", str(parameters)] in shown
-    assert ["nonzero", str(parameters - zeros)] in shown
+    assert ["parameters", f"{parameters:,}"] in shown
+    assert ["nonzero", f"{parameters - zeros:,}"] in shown
     assert ["density", "%", f"{100 * (parameters - zeros) / parameters:.2f}"] in shown
 
 
@@ -110,8 +110,8 @@ def test_the_published_models_numbers(run_script, tiny_folder, tmp_path):
     )
     shown = [line.split() for line in done.stdout.splitlines()]
     # 10 classes make 2,236,682 parameters and 6,124,928 multiply-adds; seven fewer outputs, these.
-    assert ["parameters", str(2_236_682 - 7 * 1281)] in shown
-    assert ["MACs", "an", "image", "of", "32x32", str(6_124_928 - 7 * 1280)] in shown
+    assert ["parameters", f"{2_236_682 - 7 * 1281:,}"] in shown
+    assert ["MACs", "an", "image", "of", "32x32", f"{6_124_928 - 7 * 1280:,}"] in shown
     assert ["size", "dense,", "MB", "8.50"] in shown
 
 
