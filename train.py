@@ -125,7 +125,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> MobileNetV2:
 
 def main(args: argparse.Namespace) -> None:
     """Train, select on val, save, report test."""
-    runtime.set_up(args.seed, args.threads)
+    runtime.set_up(args.seed, args.threads, parallel=True)
     check_training_outputs(args)
     strides = output_stride_by_epoch(args)
     data = load_data(args)

@@ -89,13 +89,13 @@ def test_one_process_notices_nothing():
 
 def collective(rank: int):
     with pytest.raises(distributed.UserError, match="multiple"):
-        distributed.share(torch.arange(5))
+        distributed.check_batch_size(5)
     total = distributed.sum_over_processes(torch.tensor([rank + 1.0])).item()
-    return distributed.gather(f"rank {rank}"), total, distributed.share(torch.arange(4)).tolist()
+    return distributed.gather(f"rank {rank}"), total, distributed.share(torch.arange(5)).tolist()
 
 
 def test_values_meet():
     assert run_ranks(collective) == [
-        (["rank 0", "rank 1"], 3.0, [0, 1]),
-        (["rank 0", "rank 1"], 3.0, [2, 3]),
+        (["rank 0", "rank 1"], 3.0, [0, 1, 2]),
+        (["rank 0", "rank 1"], 3.0, [3, 4]),
     ]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from utils import distributed
 from utils.data import Normalization, Split
 
 CROP_PADDING = 4
@@ -23,6 +24,7 @@ class Batches:
         shuffle: a new order at each `epoch`, drawn from `seed` and `epoch` alone, so that a
             resumed run sees what an unbroken one would.
         limit: batches in all, at most; None is as many as the split makes.
+        shared: whether each process of a run over several gets its slice of a batch only.
         augment: one of AUGMENTATIONS: zero-padded random crop, horizontal flip, and cutout
             (DeVries & Taylor, 2017, https://arxiv.org/abs/1708.04552) of `cutout_size` pixels.
     """
@@ -35,6 +37,7 @@ class Batches:
     cutout_size: int = 8
     drop_last: bool = False
     limit: int | None = None
+    shared: bool = False
     seed: int = 0
     epoch: int = 0
 
@@ -50,7 +53,11 @@ class Batches:
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             batch = self.split.subset(order[start : start + self.batch_size])
             images = augment_images(batch.images, self.augment, self.cutout_size, generator)
-            yield normalize(images, self.normalization), batch.labels
+            labels = batch.labels
+            if self.shared:
+                # After augmenting, so that every process has drawn what a single one would.
+                images, labels = distributed.share(images), distributed.share(labels)
+            yield normalize(images, self.normalization), labels
 
 
 def normalize(images: Tensor, normalization: Normalization) -> Tensor:

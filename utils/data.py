@@ -10,6 +10,7 @@ import torchvision
 from torch import Tensor
 
 from utils import image_folder, synthetic
+from utils.distributed import main_first
 from utils.errors import UserError, one_line
 
 LARGE_TRAIN_SPLIT = 50_000
@@ -76,16 +77,8 @@ def load_data(args: Namespace, image_size: int | None = None) -> ImageData:
         UserError: the images are missing, unreadable or do not make a data set.
     """
     side = args.image_size or image_size or DEFAULT_IMAGE_SIZE
-    if args.dataset == "folder":
-        train, test, class_names = image_folder.load(Path(args.data_dir), side)
-    else:
-        if side != DEFAULT_IMAGE_SIZE:
-            raise UserError(
-                f"--image_size {side} goes with --dataset folder: "
-                f"{args.dataset} has images of {DEFAULT_IMAGE_SIZE} pixels"
-            )
-        load = _load_cifar10 if args.dataset == "cifar10" else synthetic.load
-        train, test, class_names = load(Path(args.data_dir))
+    with main_first():
+        train, test, class_names = _load_source(args.dataset, Path(args.data_dir), side)
     train_split, test_split = _as_split(*train), _as_split(*test)
     val_size = args.val_size
     if val_size is None:
@@ -99,6 +92,18 @@ def load_data(args: Namespace, image_size: int | None = None) -> ImageData:
         test_split,
         tuple(class_names),
     )
+
+
+def _load_source(dataset: str, data_dir: Path, image_size: int):
+    if dataset == "folder":
+        return image_folder.load(data_dir, image_size)
+    if image_size != DEFAULT_IMAGE_SIZE:
+        raise UserError(
+            f"--image_size {image_size} goes with --dataset folder: "
+            f"{dataset} has images of {DEFAULT_IMAGE_SIZE} pixels"
+        )
+    load = _load_cifar10 if dataset == "cifar10" else synthetic.load
+    return load(data_dir)
 
 
 def measure_normalization(data: ImageData) -> Normalization:

@@ -19,6 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import UserError
 
+# gloo and nccl raise plain RuntimeErrors.
+SIGNS_OF_A_LOST_PROCESS = ("gloo", "Connection closed", "Connection reset", "NCCL", "Broken pipe")
+
 
 def launched() -> bool:
     """Whether torchrun started this process as one of several."""
@@ -91,18 +94,25 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
 
 
 def share(batch: Tensor) -> Tensor:
-    """This process's slice of a batch.
+    """This process's slice of a batch; slices differ by one at the most."""
+    return batch.tensor_split(world_size())[rank()]
+
+
+def is_lost_process(error: RuntimeError) -> bool:
+    """Whether a collective call failed because another process of the run has ended."""
+    return world_size() > 1 and any(sign in str(error) for sign in SIGNS_OF_A_LOST_PROCESS)
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Make sure that every process has the same weight in a training step.
 
     Raises:
-        UserError: the batch cannot be shared out evenly.
+        UserError: a batch cannot be shared out evenly.
     """
-    if len(batch) % world_size():
+    if batch_size % world_size():
         raise UserError(
-            f"a batch of {len(batch)} images cannot be shared out among {world_size()} processes: "
-            "give a --batch_size that is a multiple"
+            f"--batch_size {batch_size} cannot be shared out among {world_size()} processes: give a multiple"
         )
-    size = len(batch) // world_size()
-    return batch[rank() * size : (rank() + 1) * size]
 
 
 def parallelize(model: nn.Module) -> nn.Module:

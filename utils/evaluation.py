@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from utils.batches import Batches
+from utils.distributed import sum_over_processes
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,17 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Batches, num_batches: int | None = None) -> Evaluation:
+def evaluate(
+    model: nn.Module, batches: Batches, num_batches: int | None = None, shared: bool = False
+) -> Evaluation:
     """Evaluate `model` (in eval mode for the time of the call) on at most `num_batches` batches.
 
     Args:
         model: maps images (B, 3, H, W) to logits (B, classes); float, quantized or scripted.
+        batches: of the split to evaluate on.
+        num_batches: None for all.
+        shared: whether each process of a run over several has a slice of each batch, so that the
+            counts of all are added up; every process must make the call then.
     """
     was_training = model.training
     model.eval()
@@ -44,10 +51,17 @@ def evaluate(model: nn.Module, batches: Batches, num_batches: int | None = None)
         classes = logits.shape[1]
     model.train(was_training)
     hit, label = torch.cat(hits), torch.cat(labels_seen)
+    loss = torch.stack(losses).sum()
+    correct_by_class = torch.bincount(label[hit], minlength=classes)
+    total_by_class = torch.bincount(label, minlength=classes)
+    if shared:
+        for counted in (loss, correct_by_class, total_by_class):
+            sum_over_processes(counted)
+    total = int(total_by_class.sum())
     return Evaluation(
-        correct=int(hit.sum()),
-        total=len(hit),
-        loss=(torch.stack(losses).sum() / len(hit)).item(),
-        correct_by_class=tuple(torch.bincount(label[hit], minlength=classes).tolist()),
-        total_by_class=tuple(torch.bincount(label, minlength=classes).tolist()),
+        correct=int(correct_by_class.sum()),
+        total=total,
+        loss=loss.item() / total,
+        correct_by_class=tuple(correct_by_class.tolist()),
+        total_by_class=tuple(total_by_class.tolist()),
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from utils.distributed import is_main
 from utils.errors import UserError
 
 BYTES_PER_MB = 2**20
@@ -69,7 +70,8 @@ def check_output(path: str | os.PathLike, *, force: bool) -> Path:
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Give a temporary path beside `path`; rename it to `path` if the block ends well.
 
-    A symbolic link keeps pointing to the file, and a file keeps its permissions.
+    A symbolic link keeps pointing to the file, and a file keeps its permissions. Of a run over several
+    processes, only the main one's file is kept.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; the old file stays whole.
@@ -77,6 +79,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     temporary = _temporary_beside(path)
     try:
         yield temporary
+        if not is_main():
+            return
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         target = os.path.realpath(path)

@@ -14,13 +14,28 @@ import numpy as np
 import torch
 import torchvision
 
+from utils import distributed
+from utils.errors import UserError
 from utils.files import atomic_write, check_output
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # numbers in glibc's malloc.h
 
 
-def set_up(seed: int, threads: int | None) -> None:
-    """Seed every generator, set the number of threads and keep freed memory in the process."""
+def set_up(seed: int, threads: int | None, parallel: bool = False) -> None:
+    """Seed every generator, set the number of threads and keep freed memory in the process.
+
+    Args:
+        seed: of every random choice.
+        threads: of this process; None for torch's own choice.
+        parallel: whether the script can share its work with the other processes of torchrun.
+
+    Raises:
+        UserError: torchrun started several processes of a script that is made for one.
+    """
+    if parallel:
+        distributed.start()
+    elif distributed.launched():
+        raise UserError("this script runs as one process: start it with python instead of torchrun")
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from utils import distributed
 from utils.batches import AUGMENTATIONS, Batches
 from utils.cli import non_negative_int, positive_int
 from utils.data import ImageData, Normalization
@@ -147,7 +148,9 @@ def train_one_epoch(
         loss_sum += loss.detach().double() * len(labels)
         correct += (logits.detach().argmax(1) == labels).sum()
         total += len(labels)
-    mean_loss = loss_sum.item() / total
+    total = distributed.sum_over_processes(torch.tensor(total)).item()
+    mean_loss = distributed.sum_over_processes(loss_sum).item() / total
+    distributed.sum_over_processes(correct)
     if not mean_loss < float("inf"):
         raise UserError("the loss is no longer a finite number: give a lower --lr and start again")
     return mean_loss, 100 * correct.item() / total
@@ -155,6 +158,7 @@ def train_one_epoch(
 
 def training_batches(data: ImageData, normalization: Normalization, args: Namespace) -> Batches:
     """Shuffled and augmented batches of the training images, as the flags name them."""
+    distributed.check_batch_size(args.batch_size)
     return Batches(
         data.train,
         normalization,
@@ -164,6 +168,7 @@ def training_batches(data: ImageData, normalization: Normalization, args: Namesp
         cutout_size=args.cutout_size,
         # A last batch of few images has batch statistics that are mostly noise.
         drop_last=len(data.train) > args.batch_size,
+        shared=True,
         seed=args.seed,
     )
 
@@ -172,8 +177,8 @@ def select_on_val(kept: nn.Module, data: ImageData, normalization: Normalization
     """A Run's `candidate`: `kept` and its accuracy on the val images, if there are any."""
     if not len(data.val):
         return lambda: (kept, None)
-    batches = Batches(data.val, normalization, EVALUATION_BATCH_SIZE)
-    return lambda: (kept, evaluate(kept, batches).accuracy_pct)
+    batches = Batches(data.val, normalization, EVALUATION_BATCH_SIZE, shared=True)
+    return lambda: (kept, evaluate(kept, batches, shared=True).accuracy_pct)
 
 
 def add_training_arguments(
@@ -225,6 +230,8 @@ def check_training_outputs(args: Namespace) -> None:
         )
     check_output(args.output, force=args.force or args.resume)
     check_record(args)
+    # No process writes before all have looked.
+    distributed.barrier()
 
 
 def fit(run: Run, args: Namespace) -> Progress:
@@ -244,12 +251,13 @@ def fit(run: Run, args: Namespace) -> Progress:
         progress = _load_checkpoint(checkpoint, run, args)
     else:
         _save_checkpoint(checkpoint, run, args, progress)
+    called = distributed.parallelize(run.model)
     print(Epoch.HEADER)
     for epoch in progress.history:
         print(epoch)
     try:
         for number in range(len(progress.history) + 1, run.epochs + 1):
-            epoch = _one_epoch(run, args, number, progress)
+            epoch = _one_epoch(run, called, args, number, progress)
             progress.history.append(epoch)
             print(epoch, flush=True)
             _write_history(history_path(args.output), progress.history)
@@ -259,15 +267,23 @@ def fit(run: Run, args: Namespace) -> Progress:
             f"{len(progress.history)} of {run.epochs} epochs are in {checkpoint}; "
             "the same command with --resume goes on from there"
         ) from None
+    except RuntimeError as error:
+        if not distributed.is_lost_process(error):
+            raise
+        raise UserError(
+            f"another process of this run has ended; {len(progress.history)} of {run.epochs} epochs are in "
+            f"{checkpoint}: the same command with --resume goes on from there"
+        ) from error
     return progress
 
 
 def finish(args: Namespace) -> None:
     """Remove the checkpoint once the run's output is written."""
-    checkpoint_path(args.output).unlink(missing_ok=True)
+    if distributed.is_main():
+        checkpoint_path(args.output).unlink(missing_ok=True)
 
 
-def _one_epoch(run: Run, args: Namespace, number: int, progress: Progress) -> Epoch:
+def _one_epoch(run: Run, called: nn.Module, args: Namespace, number: int, progress: Progress) -> Epoch:
     # Dropout draws from the global generator; seeding it an epoch at a time makes a resumed run
     # draw what an unbroken one does.
     torch.manual_seed(args.seed * 1_000_003 + number)
@@ -277,7 +293,7 @@ def _one_epoch(run: Run, args: Namespace, number: int, progress: Progress) -> Ep
     batches = replace(run.batches, epoch=number)
     start = time.perf_counter()
     loss, train_accuracy_pct = train_one_epoch(
-        run.model, batches, run.optimizer, run.loss_function, [run.scheduler.step, *run.after_step]
+        called, batches, run.optimizer, run.loss_function, [run.scheduler.step, *run.after_step]
     )
     seconds = time.perf_counter() - start
     model, val_accuracy_pct = run.candidate()
