@@ -113,9 +113,9 @@ def test_the_published_size_by_nonzeros():
 
 def test_recovery_learns_and_keeps_the_zeros(prune, mixed, tiny_weights, tmp_path):
     output = tmp_path / "p.pth"
-    # In float weights, momentum, decay and the average each pull at pruned weights.
-    recipe = ("--epochs", 10, "--batch_size", 16, "--lr", 0.02, "--weight_decay", 0.01, "--ema", 0.9)
-    printed = prune(mixed, output, *recipe).stdout
+    # Momentum, decay and the average all pull at pruned weights.
+    recipe = ("--epochs", 6, "--batch_size", 16, "--lr", 0.02, "--weight_decay", 0.01, "--ema", 0.8)
+    printed = prune(mixed, output, *recipe, "--output_stride", 8).stdout
     dense, pruned = load_weights(tiny_weights).model, load_weights(output)
     ratios = read_sparsity_dict(mixed, prunable_layers(dense))
     for name, layer in prunable_layers(dense).items():
@@ -126,10 +126,11 @@ def test_recovery_learns_and_keeps_the_zeros(prune, mixed, tiny_weights, tmp_pat
         if 0 < ratios[name] < 1:
             assert not torch.equal(weight, layer.weight), name
     accuracy = dict(re.findall(r"^(dense|pruned|recovered) +([\d.]+)", printed, re.MULTILINE))
-    assert float(accuracy["recovered"]) > float(accuracy["dense"]) + 15
     assert accuracy["recovered"] == f"{pruned.metrics['test_accuracy_pct']:.2f}"
     with open(tmp_path / "p.history.csv", newline="") as file:
-        best = max(float(row["val_accuracy_pct"]) for row in csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    assert float(rows[0]["train_accuracy_pct"]) < 50 < 60 < float(rows[-1]["train_accuracy_pct"])
+    best = max(float(row["val_accuracy_pct"]) for row in rows)
     assert pruned.metrics["val_accuracy_pct"] == pytest.approx(best, abs=1e-5)
 
 
