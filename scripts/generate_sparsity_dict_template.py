@@ -15,7 +15,7 @@ from models.mobilenetv2 import OUTPUT_STRIDES
 from utils import cli, errors, files
 from utils.data import DEFAULT_IMAGE_SIZE
 from utils.model_statistics import model_statistics
-from utils.sparsity_dict import MEANING, write_sparsity_dict
+from utils.sparsity_dict import MEANING, describe_layers, write_sparsity_dict
 from utils.weights import Weights, load_weights
 
 
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
     files.check_output(args.o, force=args.force)
     weights = described_model(args)
     layers = model_statistics(weights.model, weights.image_size).layers
-    write_sparsity_dict(args.o, {layer.name: 1.0 for layer in layers}, layers)
+    write_sparsity_dict(args.o, {layer.name: 1.0 for layer in layers}, describe_layers(layers))
     print(f"wrote {args.o}: {len(layers)} layers")
     print(MEANING)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from models import MobileNetV2
 from utils.errors import UserError
 from utils.model_statistics import LayerStatistics, prunable_layers
-from utils.sparsity_dict import read_sparsity_dict, write_sparsity_dict
+from utils.sparsity_dict import describe_layers, read_sparsity_dict, write_sparsity_dict
 
 LAYERS = ("features.0.0", "features.1.conv.0.0", "classifier.1")
 GOOD = "layer,sparsity\nfeatures.0.0,1.0\nfeatures.1.conv.0.0,0.25\nclassifier.1,0\n"
@@ -116,7 +116,7 @@ def test_written_numbers_come_back_to_the_last_bit(tmp_path_factory, ratios):
     path = tmp_path_factory.mktemp("csv") / "s.csv"
     keep_ratios = dict(zip(LAYERS, ratios, strict=True))
     layers = [LayerStatistics(name, (8, 3, 3, 3), 216, 216, 1000) for name in LAYERS]
-    write_sparsity_dict(path, keep_ratios, layers)
+    write_sparsity_dict(path, keep_ratios, describe_layers(layers))
     assert read_sparsity_dict(path, LAYERS) == keep_ratios
 
 

@@ -81,24 +81,53 @@ class Row:
 
 
 def read_csv(path: str | os.PathLike, what: str, columns: Sequence[str], made_by: str) -> list[Row]:
-    """Read rows that have at least `columns`; other columns and their order do not matter.
-
-    Windows line ends, a byte order mark, spaces around cells and blank lines are accepted.
+    """Read a file of at least one row, as `parse_csv`.
 
     Args:
+        path: of the file.
         what: what the file is called in messages.
+        columns: that must be there.
         made_by: the script that writes such a file, for messages.
 
     Raises:
         UserError: the file is missing, empty, no text, or not a table with these columns.
     """
-    path = check_input(path, what)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not text in UTF-8: save it as CSV (UTF-8)") from error
+    text = read_text(path, what)
     if not text.strip():
         raise UserError(f"{path} is empty: make it again with {made_by}")
+    rows = parse_csv(path, text, columns, made_by)
+    if not rows:
+        raise UserError(f"{path} has a header and no rows: make it again with {made_by}")
+    return rows
+
+
+def read_text(path: str | os.PathLike, what: str) -> str:
+    """The text of a file, without the byte order mark that some programs put first.
+
+    Raises:
+        UserError: the file is missing or no text.
+    """
+    try:
+        return check_input(path, what).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8: save it as CSV (UTF-8)") from error
+
+
+def parse_csv(path: str | os.PathLike, text: str, columns: Sequence[str], made_by: str) -> list[Row]:
+    """The rows of a table that has at least `columns`; others and their order do not matter.
+
+    Windows line ends, spaces around cells and blank lines are accepted.
+
+    Args:
+        path: where the text was read.
+        text: of the whole file.
+        columns: that must be there.
+        made_by: the script that writes such a file, for messages.
+
+    Raises:
+        UserError: the text is not a table with these columns.
+    """
+    path = Path(path)
     # Strict, or else a quote that is never closed would swallow the rest of the file.
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
@@ -120,8 +149,6 @@ def read_csv(path: str | os.PathLike, what: str, columns: Sequence[str], made_by
                 rows.append(Row(path, reader.line_num, dict(zip(header, cells, strict=True))))
     except csv.Error as error:
         raise UserError(f"{path} line {reader.line_num} is not CSV ({error}): check its quotes") from error
-    if not rows:
-        raise UserError(f"{path} has a header and no rows: make it again with {made_by}")
     return rows
 
 
@@ -131,10 +158,15 @@ def write_csv(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[Se
     Raises:
         UserError: as `atomic_write`.
     """
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
+    with atomic_write(path) as temporary:
+        temporary.write_text("".join(map(format_line, [columns, *rows])), encoding="utf-8")
+
+
+def format_line(cells: Sequence[object]) -> str:
+    """A line of a CSV file, with its end."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(cells)
+    return line.getvalue()
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ prunes all of the layer. In code the same number is called keep_ratio.
 """
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from utils.csv_files import read_csv, suggest, write_csv
 from utils.errors import UserError
@@ -18,23 +18,25 @@ MEANING = "sparsity is the fraction of weights KEPT: 1.0 is not pruned, 0.0 prun
 MADE_BY = "scripts/generate_sparsity_dict_template.py"
 
 
-def format_shape(shape: Sequence[int]) -> str:
-    """A weight's shape as one cell: 32x3x3x3 is 32 filters of 3 channels of 3x3."""
-    return "x".join(map(str, shape))
+def describe_layers(layers: Iterable[LayerStatistics]) -> dict[str, Sequence[object]]:
+    """The cells of READ_ONLY_COLUMNS by layer; shape 32x3x3x3 is 32 filters of 3 channels of 3x3."""
+    return {layer.name: ("x".join(map(str, layer.shape)), layer.parameters, layer.macs) for layer in layers}
 
 
 def write_sparsity_dict(
-    path: str | os.PathLike, keep_ratios: dict[str, float], layers: Sequence[LayerStatistics]
+    path: str | os.PathLike, keep_ratios: dict[str, float], descriptions: dict[str, Sequence[object]]
 ) -> None:
-    """Write a row for each of `layers`, in their order.
+    """Write a row a layer, in the order of `keep_ratios`.
+
+    Args:
+        path: of the CSV.
+        keep_ratios: by layer, in forward order.
+        descriptions: as `describe_layers` gives them.
 
     Raises:
         UserError: the file cannot be written.
     """
-    rows = (
-        (layer.name, float(keep_ratios[layer.name]), format_shape(layer.shape), layer.parameters, layer.macs)
-        for layer in layers
-    )
+    rows = ((name, float(ratio), *descriptions[name]) for name, ratio in keep_ratios.items())
     write_csv(path, COLUMNS + READ_ONLY_COLUMNS, rows)
 
 
