@@ -22,6 +22,7 @@ class InvertedResidualQuantization(InvertedResidual):
         self.skip_add = FloatFunctional()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
         return self.skip_add.add(x, self.conv(x)) if self.use_res_connect else self.conv(x)
 
 
@@ -40,6 +41,13 @@ class MobileNetV2Quantization(MobileNetV2):
         super().__init__(num_classes, width_mult, dropout, output_stride)
         self.quant = QuantStub()
         self.dequant = DeQuantStub()
+
+    @classmethod
+    def from_float(cls, model: MobileNetV2) -> "MobileNetV2Quantization":
+        """A model in eval mode with copies of the weights of a MobileNetV2."""
+        quantizable = cls(**model.architecture)
+        quantizable.load_state_dict(model.state_dict())
+        return quantizable.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map normalized float images (N, 3, H, W) to float logits (N, num_classes)."""

@@ -1,0 +1,82 @@
+"""Quantize a qmodel to int8 without training: per tensor and per channel, beside the float model.
+
+Ranges of activations are taken from training images; the test images are only reported on. Three
+TorchScript files are written, which run without this repository.
+"""
+
+import argparse
+from pathlib import Path
+
+from utils import cli, errors, runtime
+from utils.batches import Batches
+from utils.data import load_data
+from utils.deployment import (
+    add_quantization_arguments,
+    calibration_batches,
+    compare,
+    deploy,
+    format_comparison,
+)
+from utils.files import check_output
+from utils.quantization import (
+    calibrate,
+    fold_batch_norms,
+    post_training_quantize,
+    use_engine,
+)
+from utils.weights import complete, load_weights
+
+VARIANTS = ("float", "ptq_per_tensor", "ptq_per_channel")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.ArgumentParser(__doc__)
+    parser.add_argument("--output_dir", default="scripted_weights", help="folder of the TorchScript files")
+    cli.add_force_argument(parser)
+    add_quantization_arguments(parser)
+    parser.add_argument("--batch_size", type=cli.positive_int, default=32, help="images a batch")
+    cli.add_data_arguments(parser)
+    cli.add_runtime_arguments(parser)
+    cli.add_record_argument(parser)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Calibrate once, quantize twice, evaluate, write, time."""
+    runtime.set_up(args.seed, args.threads)
+    use_engine(args.backend)
+    paths = {
+        variant: check_output(Path(args.output_dir) / f"mobilenetv2_{variant}.pt", force=args.force)
+        for variant in VARIANTS
+    }
+    runtime.check_record(args)
+    weights = load_weights(args.weights, "qmodel")
+    data = load_data(args, weights.image_size)
+    weights = complete(args.weights, weights, data)
+
+    print("[1/3] calibrating", flush=True)
+    calibrated = calibrate(weights.model, calibration_batches(data, weights.normalization, args))
+    models = {
+        "float": fold_batch_norms(weights.model),
+        "ptq_per_tensor": post_training_quantize(calibrated, per_channel=False),
+        "ptq_per_channel": post_training_quantize(calibrated, per_channel=True),
+    }
+    print("[2/3] evaluating on test images", flush=True)
+    test = Batches(data.test, weights.normalization, args.batch_size, limit=args.num_eval_batches)
+    deployments = {
+        variant: deploy(variant, model, weights, args.backend, test) for variant, model in models.items()
+    }
+    for variant, deployment in deployments.items():
+        deployment.save(paths[variant])
+    print("[3/3] timing", flush=True)
+    rows = compare(list(deployments.values()), args)
+    print(f"\n{format_comparison(rows)}\n")
+    for path in paths.values():
+        print(f"wrote {path}")
+    if args.record:
+        runtime.write_record(args.record, args, {"rows": rows})
+
+
+if __name__ == "__main__":
+    errors.run(lambda: main(get_args_parser().parse_args()))

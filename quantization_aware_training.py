@@ -1,0 +1,166 @@
+"""Train a qmodel with the rounding of int8, per channel, and write the int8 model.
+
+After each epoch the int8 model itself, not its float imitation, is evaluated on val; the best is
+kept. Weights that are zero at the start (a pruned model's) are zero at the end.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from utils import cli, errors, runtime
+from utils.batches import Batches
+from utils.data import ImageData, load_data
+from utils.deployment import (
+    add_quantization_arguments,
+    calibration_batches,
+    compare,
+    deploy,
+    format_comparison,
+)
+from utils.distillation import add_distillation_arguments, distillation, load_teacher
+from utils.evaluation import evaluate
+from utils.optimization import add_optimization_arguments, build_optimizer, build_scheduler
+from utils.pruner import FineGrainedPruner
+from utils.quantization import (
+    calibrate_qat,
+    convert_qat,
+    fold_batch_norms,
+    freeze_batch_norms,
+    freeze_ranges,
+    prepare_qat,
+    use_engine,
+)
+from utils.training import (
+    Progress,
+    Run,
+    add_training_arguments,
+    check_training_outputs,
+    cross_entropy,
+    finish,
+    fit,
+    training_batches,
+)
+from utils.weights import Weights, complete, load_weights
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.ArgumentParser(__doc__)
+    parser.add_argument(
+        "--output", default="scripted_weights/mobilenetv2_qat.pt", help="TorchScript file to write"
+    )
+    cli.add_force_argument(parser)
+    add_quantization_arguments(parser)
+    schedule = parser.add_argument_group("quantization-aware training")
+    schedule.add_argument(
+        "--num_train_batches", type=cli.positive_int, help="batches an epoch, at most (default: all)"
+    )
+    schedule.add_argument(
+        "--freeze_ranges",
+        type=cli.fraction,
+        default=0.5,
+        help="fraction of the epochs after which the ranges of the activations are held",
+    )
+    schedule.add_argument(
+        "--freeze_batch_norms",
+        type=cli.fraction,
+        default=0.75,
+        help="fraction of the epochs after which the batch-norm statistics are held",
+    )
+    add_training_arguments(parser, epochs=8, batch_size=128)
+    add_optimization_arguments(parser, lr=0.005, weight_decay=1e-4)
+    add_distillation_arguments(parser)
+    cli.add_data_arguments(parser)
+    cli.add_runtime_arguments(parser)
+    cli.add_record_argument(parser)
+    return parser
+
+
+def freezing(model: nn.Module, args: argparse.Namespace) -> Callable[[int], None]:
+    """A Run's `before_epoch` that holds ranges and batch-norm statistics late in the training."""
+
+    def hook(epoch: int) -> None:
+        done = (epoch - 1) / args.epochs
+        # With one epoch alone nothing is late, and at 0 it is held from the start.
+        if done >= args.freeze_ranges:
+            freeze_ranges(model)
+        if done >= args.freeze_batch_norms:
+            freeze_batch_norms(model)
+
+    return hook
+
+
+def int8_on_val(
+    model: nn.Module, weights: Weights, data: ImageData, args: argparse.Namespace
+) -> Callable[[], tuple[nn.Module, float | None]]:
+    """A Run's `candidate`: the model in training, and the accuracy on val of its int8 form."""
+    if not len(data.val):
+        return lambda: (model, None)
+    val = Batches(data.val, weights.normalization, args.batch_size, limit=args.num_eval_batches)
+    return lambda: (model, evaluate(convert_qat(model), val).accuracy_pct)
+
+
+def train(
+    weights: Weights, teacher: nn.Module | None, data: ImageData, args: argparse.Namespace
+) -> tuple[nn.Module, Progress]:
+    """Quantization-aware training; the int8 model of its best epoch."""
+    model = prepare_qat(weights.model)
+    calibrate_qat(model, calibration_batches(data, weights.normalization, args))
+    pruner = FineGrainedPruner.from_zeros(model)
+    batches = replace(training_batches(data, weights.normalization, args), limit=args.num_train_batches)
+    optimizer = build_optimizer(model, args)
+    loss_function = cross_entropy(args.label_smoothing)
+    if teacher is not None:
+        loss_function = distillation(teacher, loss_function, args.distill_weight, args.temperature)
+    progress = fit(
+        Run(
+            model=model,
+            batches=batches,
+            optimizer=optimizer,
+            scheduler=build_scheduler(optimizer, args, args.epochs * len(batches)),
+            epochs=args.epochs,
+            loss_function=loss_function,
+            candidate=int8_on_val(model, weights, data, args),
+            after_step=[pruner.apply],
+            before_epoch=[freezing(model, args)],
+        ),
+        args,
+    )
+    model.load_state_dict(progress.best_state)
+    return convert_qat(model), progress
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train, convert, evaluate, write, time."""
+    runtime.set_up(args.seed, args.threads)
+    use_engine(args.backend)
+    check_training_outputs(args)
+    weights = load_weights(args.weights, "qmodel")
+    data = load_data(args, weights.image_size)
+    weights = complete(args.weights, weights, data)
+    weights.model.to(memory_format=torch.channels_last)
+    teacher = load_teacher(args.teacher, weights) if args.teacher else None
+
+    int8, progress = train(weights, teacher, data, args)
+    print(f"kept epoch {progress.best_epoch} of {args.epochs}", flush=True)
+    test = Batches(data.test, weights.normalization, args.batch_size, limit=args.num_eval_batches)
+    metrics = {"best_epoch": progress.best_epoch, "val_accuracy_pct": progress.best_accuracy_pct}
+    deployments = [
+        deploy("float", fold_batch_norms(weights.model), weights, args.backend, test),
+        deploy("qat", int8, weights, args.backend, test, metrics),
+    ]
+    deployments[1].save(args.output)
+    rows = compare(deployments, args)
+    if args.record:
+        runtime.write_record(args.record, args, {**metrics, "rows": rows})
+    finish(args)
+    print(f"\n{format_comparison(rows)}\n")
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    errors.run(lambda: main(get_args_parser().parse_args()))

@@ -1,0 +1,259 @@
+"""int8 quantization, after training and while training, with torch's eager mode.
+
+The one module that calls torch.ao.quantization, which torch has deprecated and still ships.
+
+What makes an int8 model here:
+
+- Activations take all of 0..255. ReLU6 is no operation of its own: the range of the convolution in
+  front of it is observed behind the ReLU6, so it lies within [0, 6] with zero point 0, and where the
+  convolution saturates is the clamp.
+- Weights are symmetric, so that a pruned weight is exactly 0 in int8.
+- Weights are scaled so that no kernel overflows. Kernels for x86 CPUs without VNNI, and fbgemm's
+  depthwise ones on any, add two neighbouring products in 16 bits, which saturates without a word
+  (2 * 255 * 127 > 32767). torch's answer is to halve the range of all activations (`reduce_range`);
+  here two neighbouring weights of a filter add up to 128 at most (`WeightObserver`), which costs
+  less and gives the same numbers on every CPU.
+"""
+
+import copy
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.ao import quantization as eager
+from torch.ao.nn import quantized as int8
+from torch.ao.nn.intrinsic import qat as fused
+
+from models import MobileNetV2Quantization
+from utils.errors import UserError
+
+LARGEST_PAIR = 128
+"""Two int8 weights of this sum, times activations of 255, make 32640: a 16-bit number."""
+SMALLEST_SCALE = 1e-6
+"""Of weights. A channel without any would have 0, by which its bias is divided."""
+SHRINKS = torch.linspace(1.0, 0.3, 36)
+"""Fractions of the seen range that are tried for an activation."""
+
+
+def use_engine(name: str) -> None:
+    """Make `name` the quantization engine: int8 models are packed for it, and run on it.
+
+    Raises:
+        UserError: torch does not support it on this machine.
+    """
+    supported = [engine for engine in torch.backends.quantized.supported_engines if engine != "none"]
+    if name not in supported:
+        raise UserError(
+            f"the quantization engine {name!r} is not supported here: use one of {', '.join(supported)}"
+        )
+    torch.backends.quantized.engine = name
+
+
+def fold_batch_norms(model: MobileNetV2Quantization) -> nn.Module:
+    """A copy of a float model in eval mode, without its batch norms; the outputs stay the same."""
+    model = copy.deepcopy(model).eval()
+    model.fuse_model()
+    return model
+
+
+def calibrate(model: MobileNetV2Quantization, batches: Iterable[tuple[Tensor, Tensor]]) -> nn.Module:
+    """A copy of a float model, its batch norms folded, that knows the ranges of its activations.
+
+    Args:
+        model: not fused; stays as it is.
+        batches: of training images, as the model sees them when it is used.
+    """
+    observed = fold_batch_norms(model)
+    with _quietly():
+        _set_observers(observed, ActivationObserver, lambda: WeightObserver(per_channel=True))
+        # Where two logits are clipped, their order is lost.
+        observed.classifier[-1].qconfig = observed.qconfig._replace(activation=eager.MinMaxObserver)
+        eager.prepare(observed, inplace=True)
+    with torch.no_grad():
+        for images, _ in batches:
+            observed(images)
+    return observed
+
+
+def post_training_quantize(calibrated: nn.Module, per_channel: bool) -> nn.Module:
+    """The int8 model, for the current engine.
+
+    Args:
+        calibrated: of `calibrate`; stays as it is, so that both kinds are made from one.
+        per_channel: whether each output channel of a weight has a scale of its own.
+    """
+    model = copy.deepcopy(calibrated)
+    for module in model.modules():
+        if getattr(module, "qconfig", None) is not None:
+            module.qconfig = module.qconfig._replace(weight=lambda: WeightObserver(per_channel))
+    return _convert(model)
+
+
+def prepare_qat(model: MobileNetV2Quantization) -> nn.Module:
+    """A copy of a float model that trains with the rounding of int8, per channel.
+
+    `calibrate_qat` gives its activations their first ranges. Its state_dict holds all that
+    `convert_qat` needs, and loads into another model of this function.
+    """
+    model = copy.deepcopy(model).train()
+    model.fuse_model(is_qat=True)
+    with _quietly():
+        _set_observers(
+            model,
+            eager.FusedMovingAvgObsFakeQuantize.with_args(
+                observer=eager.MovingAverageMinMaxObserver, quant_min=0, quant_max=255
+            ),
+            eager.FakeQuantize.with_args(observer=WeightObserver, per_channel=True),
+        )
+        return eager.prepare_qat(model, inplace=True)
+
+
+@torch.no_grad()
+def calibrate_qat(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Let the activations of a model of `prepare_qat` find their ranges before it trains.
+
+    From ranges of a first batch of training, with all layers rounding at once, the first steps
+    would lead away from the weights that are there.
+    """
+    model.eval()
+    model.apply(eager.disable_fake_quant)
+    for images, _ in batches:
+        model(images)
+    model.apply(eager.enable_fake_quant)
+
+
+def freeze_ranges(model: nn.Module) -> None:
+    """Hold the ranges of the activations of a model of `prepare_qat` from now on.
+
+    The scales of its weights go on following the weights.
+    """
+    for module in model.modules():
+        if isinstance(module, eager.FusedMovingAvgObsFakeQuantize):
+            module.disable_observer()
+
+
+def freeze_batch_norms(model: nn.Module) -> None:
+    """Let a model of `prepare_qat` normalize by its running statistics, and hold these, from now on."""
+    model.apply(fused.freeze_bn_stats)
+
+
+def convert_qat(model: nn.Module) -> nn.Module:
+    """The int8 model, for the current engine, of a model of `prepare_qat`, which stays as it is."""
+    return _convert(copy.deepcopy(model).eval())
+
+
+def int8_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Weights (int8) and biases (float32) of an int8 model, by their names in the float model."""
+    parameters = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, int8.Conv2d | int8.Linear):
+            parameters[f"{name}.weight"] = layer.weight().int_repr()
+            parameters[f"{name}.bias"] = layer.bias()
+    return parameters
+
+
+class WeightObserver(eager.ObserverBase):
+    """Scales of a weight (out_channels, ...): one a tensor or one an output channel, zero point 0.
+
+    A scale is chosen for the largest weight, or for the largest sum of two weights of one sign that
+    a kernel adds up in 16 bits: those at places 0 and 1, 2 and 3, ... of a filter.
+    """
+
+    def __init__(self, per_channel: bool, is_dynamic: bool = False, factory_kwargs=None) -> None:
+        super().__init__(torch.qint8, is_dynamic)
+        self.per_channel = per_channel
+        self.qscheme = torch.per_channel_symmetric if per_channel else torch.per_tensor_symmetric
+        self.ch_axis = 0 if per_channel else -1
+        self.quant_min, self.quant_max = -127, 127
+        self.register_buffer("scale", torch.ones(1), persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Measure the weight; it is returned as it came."""
+        # One less than LARGEST_PAIR, since each of the two may be rounded up by a half.
+        scale = largest_pair(weight.detach()) / (LARGEST_PAIR - 1)
+        self.scale = (scale if self.per_channel else scale.max().view(1)).clamp(min=SMALLEST_SCALE)
+        return weight
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scales (out_channels,) or (1,), and as many zero points, all 0."""
+        return self.scale, torch.zeros_like(self.scale, dtype=torch.int)
+
+
+def largest_pair(weight: Tensor) -> Tensor:
+    """Largest magnitude (out_channels,) of the sums of weights of one sign at neighbouring places.
+
+    Places are counted as kernels do: the input channel fastest, then the column, then the row.
+    """
+    filters = weight.movedim(1, -1).flatten(1)
+    if filters.shape[1] % 2:
+        filters = nn.functional.pad(filters, (0, 1))
+    pairs = filters.unflatten(1, (-1, 2))
+    positive, negative = pairs.clamp(min=0).sum(2), pairs.clamp(max=0).sum(2)
+    return torch.maximum(positive.amax(1), -negative.amin(1))
+
+
+class ActivationObserver(eager.HistogramObserver):
+    """The range of an activation that quantizes it to 0..255 with the least squared error.
+
+    A few outliers would widen the range and coarsen all other values; clipping them costs less. The
+    candidates are the seen range with each end drawn in toward zero by the fractions of SHRINKS.
+    """
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, each of shape (1,).
+
+        Raises:
+            ValueError: nothing was observed.
+        """
+        low, high = min(float(self.min_val), 0.0), max(float(self.max_val), 0.0)
+        if not low <= high < float("inf"):
+            raise ValueError("calibrate before converting")
+        width = (self.max_val - self.min_val) / self.bins
+        values = self.min_val + width * (torch.arange(self.bins) + 0.5)
+        seen = self.histogram > 0
+        values, weights = values[seen], self.histogram[seen]
+        lows = torch.tensor([low]) if low == 0 else low * SHRINKS
+        highs = torch.tensor([high]) if high == 0 else high * SHRINKS
+        best = None
+        for low in lows:
+            scales = (highs - low).clamp(min=SMALLEST_SCALE) / 255
+            zero_points = (-low / scales).round().clamp(0, 255)
+            codes = (values / scales[:, None] + zero_points[:, None]).round().clamp(0, 255)
+            errors = (((codes - zero_points[:, None]) * scales[:, None] - values).square() * weights).sum(1)
+            index = int(errors.argmin())
+            if best is None or errors[index] < best[0]:
+                best = errors[index], scales[index], zero_points[index]
+        _, scale, zero_point = best
+        return scale.view(1), zero_point.view(1).int()
+
+
+def _set_observers(model: nn.Module, activation, weight) -> None:
+    """Say what observes the activations and the weights; in front of a ReLU6 nothing does."""
+    model.qconfig = eager.QConfig(activation, weight)
+    for sequence in _ending_in_relu6(model):
+        sequence[0].qconfig = eager.QConfig(nn.Identity, weight)
+
+
+def _convert(model: nn.Module) -> nn.Module:
+    """Replace, in place, each layer by its int8 form."""
+    for sequence in _ending_in_relu6(model):
+        sequence[0].activation_post_process = sequence[-1].activation_post_process
+        sequence[-1] = nn.Identity()
+    with _quietly():
+        return eager.convert(model, inplace=True)
+
+
+def _ending_in_relu6(model: nn.Module) -> Iterator[nn.Sequential]:
+    for module in model.modules():
+        if isinstance(module, nn.Sequential) and isinstance(module[-1], nn.ReLU6):
+            yield module
+
+
+@contextmanager
+def _quietly():
+    """Torch announces in several warnings that this way of quantizing is deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,232 @@
+"""TorchScript files: models that run without this repository's code, on their quantization engine.
+
+The one module that calls torch.jit, which torch has deprecated and still ships.
+"""
+
+import io
+import json
+import os
+import time
+import warnings
+import zipfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from utils.data import Normalization
+from utils.errors import UserError, one_line
+from utils.files import atomic_write, check_input
+from utils.runtime import plain, versions
+from utils.weights import is_torchscript
+
+FORMAT = "mobilenetv2-torchscript"
+FORMAT_VERSION = 1
+METADATA_FILE = "metadata.json"
+VARIANTS = ("float", "ptq_per_tensor", "ptq_per_channel", "qat")
+
+
+@dataclass(frozen=True)
+class ScriptMetadata:
+    """What a TorchScript file says about its model.
+
+    Args:
+        variant: one of VARIANTS.
+        engine: quantization engine that an int8 model was made for; None for float.
+        architecture: the arguments of MobileNetV2.
+        class_names: in label order.
+        normalization: of the images that the model takes.
+        image_size: side in pixels of the images that it was made for.
+        parameters: weights and biases.
+        nonzeros: those of them that are not zero.
+        macs: multiply-adds of an image.
+        dense_size_mb: MB of the parameters at their precision.
+        nonzero_size_mb: MB of the nonzero ones, without any index.
+        metrics: measured numbers, by name.
+        versions: of what wrote the file.
+    """
+
+    variant: str
+    engine: str | None
+    architecture: dict[str, Any]
+    class_names: tuple[str, ...]
+    normalization: Normalization
+    image_size: int
+    parameters: int
+    nonzeros: int
+    macs: int
+    dense_size_mb: float
+    nonzero_size_mb: float
+    metrics: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=versions)
+
+    @property
+    def density(self) -> float:
+        """Fraction of the parameters that are not zero."""
+        return self.nonzeros / self.parameters
+
+    def to_json(self) -> str:
+        """As it stands in the file."""
+        return json.dumps(plain({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}))
+
+    @classmethod
+    def from_json(cls, text: str) -> "ScriptMetadata":
+        """The reverse of `to_json`.
+
+        Raises:
+            ValueError, KeyError, TypeError: the text is something else.
+        """
+        content = json.loads(text)
+        if (content["format"], content["format_version"]) != (FORMAT, FORMAT_VERSION):
+            raise ValueError(f"it has format {content['format']} {content['format_version']}")
+        content = {f.name: content[f.name] for f in fields(cls)}
+        if content["variant"] not in VARIANTS:
+            raise ValueError(f"it has the unknown variant {content['variant']!r}")
+        normalization = content["normalization"]
+        content["normalization"] = Normalization(
+            *(tuple(map(float, normalization[k])) for k in ("mean", "std"))
+        )
+        content["class_names"] = tuple(map(str, content["class_names"]))
+        for name in ("image_size", "parameters", "nonzeros", "macs"):
+            content[name] = int(content[name])
+        for name in ("dense_size_mb", "nonzero_size_mb"):
+            content[name] = float(content[name])
+        return cls(**content)
+
+
+def to_torchscript(model: nn.Module, image_size: int) -> torch.jit.ScriptModule:
+    """A frozen TorchScript form of a float or int8 model, with the same outputs at any batch size.
+
+    Args:
+        model: maps images (N, 3, image_size, image_size) to logits; its batch norms are best folded.
+        image_size: side in pixels; another one works as well.
+    """
+    example = torch.zeros(1, 3, image_size, image_size)
+    with _quietly(), torch.no_grad():
+        # Traced, not scripted: torch's int8 layers check the rank of their input with branches that
+        # stay in a scripted graph and take a tenth of the time of a small batch. The model has no
+        # control flow that could depend on its input.
+        return torch.jit.freeze(
+            torch.jit.trace(model.eval(), example, check_trace=False).eval(), ["training"]
+        )
+
+
+def pack_torchscript(scripted: torch.jit.ScriptModule, metadata: ScriptMetadata) -> bytes:
+    """The content of a file; equal models give equal bytes."""
+    written, packed = io.BytesIO(), io.BytesIO()
+    with _quietly():
+        torch.jit.save(scripted, written, _extra_files={METADATA_FILE: metadata.to_json()})
+    with zipfile.ZipFile(written) as source, zipfile.ZipFile(packed, "w") as target:
+        for name in source.namelist():
+            # Left out: where each operation stood in the sources, with the paths of this machine.
+            if not name.endswith(".debug_pkl"):
+                target.writestr(zipfile.ZipInfo(name), source.read(name))
+    return packed.getvalue()
+
+
+def save_torchscript(
+    path: str | os.PathLike, scripted: torch.jit.ScriptModule, metadata: ScriptMetadata
+) -> None:
+    """Write a model and what it is.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; the old file stays whole.
+    """
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(pack_torchscript(scripted, metadata))
+
+
+def load_torchscript(path: str | os.PathLike) -> tuple[torch.jit.ScriptModule, ScriptMetadata]:
+    """Open a file of `save_torchscript`.
+
+    The model runs on `metadata.engine`, which is made the current one by the caller
+    (utils.quantization.use_engine) and only for the time of the call here.
+
+    Raises:
+        UserError: the file is missing, truncated, damaged, not TorchScript or not of this project,
+            or its engine does not run on this machine.
+    """
+    path = check_input(path, "TorchScript file")
+    if not is_torchscript(path):
+        raise UserError(f"{path} is truncated or not a TorchScript file: write or fetch it again")
+    metadata = _read_metadata(path)
+    supported = torch.backends.quantized.supported_engines
+    if metadata.engine is not None and metadata.engine not in supported:
+        raise UserError(
+            f"{path} was made for the quantization engine {metadata.engine}, which this machine does "
+            f"not run (it runs {', '.join(e for e in supported if e != 'none')}): make it anew with --backend"
+        )
+    before = torch.backends.quantized.engine
+    try:
+        # int8 weights are packed for the current engine as they are read.
+        torch.backends.quantized.engine = metadata.engine or before
+        with _quietly():
+            return torch.jit.load(path, map_location="cpu"), metadata
+    except Exception as error:
+        # torch raises whatever the broken part raises.
+        raise UserError(f"{path} is damaged ({one_line(error)[:120]}): write or fetch it again") from error
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def fastest_form(model: nn.Module, inputs: Tensor, rounds: int = 5) -> tuple[Callable[[Tensor], Tensor], str]:
+    """The fastest way to run a float model on `inputs` in TorchScript, and what to call it.
+
+    Args:
+        model: in eval mode; batch norms are folded here. A ScriptModule works as well.
+        inputs: a batch (N, 3, H, W).
+        rounds: times taken of each form; the fastest call decides.
+    """
+    forms: dict[str, Callable[[Tensor], Tensor]] = {}
+    with _quietly(), torch.inference_mode():
+        scripted = isinstance(model, torch.jit.ScriptModule)
+        frozen = model if scripted else to_torchscript(model, inputs.shape[-1])
+        forms["frozen TorchScript"] = frozen
+        forms["TorchScript optimized for inference (oneDNN)"] = torch.jit.optimize_for_inference(frozen)
+        times_s = {}
+        for name, form in forms.items():
+            for _ in range(3):
+                form(inputs)
+            times = []
+            for _ in range(rounds):
+                start = time.perf_counter()
+                form(inputs)
+                times.append(time.perf_counter() - start)
+            times_s[name] = min(times)
+    best = min(times_s, key=times_s.get)
+    return forms[best], best
+
+
+def _read_metadata(path: Path) -> ScriptMetadata:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+            if damaged is not None:
+                raise UserError(
+                    f"{path} is damaged (the checksum of {damaged} is wrong): write or fetch it again"
+                )
+            names = [name for name in archive.namelist() if name.endswith(f"/extra/{METADATA_FILE}")]
+            if len(names) != 1:
+                raise UserError(
+                    f"{path} is a TorchScript file of another project: only files of "
+                    "post_training_quantization.py and quantization_aware_training.py are opened"
+                )
+            return ScriptMetadata.from_json(archive.read(names[0]).decode())
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{path} has metadata that cannot be read ({one_line(error)[:120]}): write or fetch it again"
+        ) from error
+
+
+@contextmanager
+def _quietly():
+    """Torch announces in several warnings that TorchScript and quantized tensors are deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
