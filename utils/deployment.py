@@ -150,29 +150,27 @@ def compare(deployments: Sequence[Deployment], args: Namespace) -> list[dict[str
     models = {d.metadata.variant: d.scripted for d in deployments}
     models[first.metadata.variant], _ = fastest_form(first.scripted, inputs)
     latencies = measure_latency(models, inputs, args.latency_rounds, WARM_UP)
-    return [
-        _row(d, first, latencies[d.metadata.variant], latencies[first.metadata.variant]) for d in deployments
-    ]
-
-
-def _row(
-    deployment: Deployment, first: Deployment, latency: Latency, first_latency: Latency
-) -> dict[str, Any]:
-    evaluation, metadata = deployment.evaluation, deployment.metadata
-    return {
-        "variant": metadata.variant,
-        "engine": metadata.engine,
-        "size_mb": deployment.size_mb,
-        "density": metadata.nonzeros / metadata.parameters,
-        "test_accuracy_pct": evaluation.accuracy_pct,
-        "test_correct": evaluation.correct,
-        "test_images": evaluation.total,
-        "accuracy_change_points": evaluation.accuracy_pct - first.evaluation.accuracy_pct,
-        "latency_batch_size": latency.batch_size,
-        "median_latency_ms": latency.median_ms,
-        "p90_latency_ms": latency.p90_ms,
-        "speedup": latency.speedup_over(first_latency),
-    }
+    rows = []
+    for deployment in deployments:
+        evaluation, metadata = deployment.evaluation, deployment.metadata
+        latency = latencies[metadata.variant]
+        rows.append(
+            {
+                "variant": metadata.variant,
+                "engine": metadata.engine,
+                "size_mb": deployment.size_mb,
+                "density": metadata.density,
+                "test_accuracy_pct": evaluation.accuracy_pct,
+                "test_correct": evaluation.correct,
+                "test_images": evaluation.total,
+                "accuracy_change_points": evaluation.accuracy_pct - first.evaluation.accuracy_pct,
+                "latency_batch_size": latency.batch_size,
+                "median_latency_ms": latency.median_ms,
+                "p90_latency_ms": latency.p90_ms,
+                "speedup": latency.speedup_over(latencies[first.metadata.variant]),
+            }
+        )
+    return rows
 
 
 def format_comparison(rows: Sequence[dict[str, Any]]) -> str:
