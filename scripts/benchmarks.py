@@ -1,7 +1,7 @@
 """Time the inference of files of any kind, side by side: in each round every file runs once.
 
 Weights (.pth) are measured as people would deploy them: batch norms folded into the convolutions,
-as a frozen TorchScript module, in whichever of its forms is the fastest here at this batch size.
+as a frozen TorchScript module, in whichever of its forms is the fastest in these rounds.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from utils import cli, errors, runtime
 from utils.csv_files import write_csv
 from utils.errors import UserError
 from utils.files import check_output, file_size_mb
-from utils.latency import Latency, measure_latency
+from utils.latency import Latency, measure_fastest_forms
 from utils.model_files import ModelFile, open_model
 from utils.tables import format_table
-from utils.torchscript import fastest_form
+from utils.torchscript import float_forms
 from utils.weights import add_output_stride_argument
 
 # Name in CSV and record, header in the printed table, decimals in both.
@@ -77,11 +77,11 @@ def open_files(args: argparse.Namespace) -> dict[str, ModelFile]:
     return files
 
 
-def deployed(file: ModelFile, inputs: Tensor) -> tuple[Callable[[Tensor], Tensor], str]:
-    """The model as it is timed, and what to call that."""
+def forms_of(file: ModelFile) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The ways to run the file's model that are timed; the fastest one is shown."""
     if file.engine:
-        return file.model, f"TorchScript, engine {file.engine}"
-    return fastest_form(file.model, inputs)
+        return {f"TorchScript, engine {file.engine}": file.model}
+    return float_forms(file.model, file.image_size)
 
 
 def rows_of(files: dict[str, ModelFile], measured: dict[str, Latency]) -> list[dict[str, Any]]:
@@ -124,15 +124,16 @@ def main(args: argparse.Namespace) -> None:
     image_size = next(iter(files.values())).image_size
     inputs = torch.randn(args.batch_size, 3, image_size, image_size).to(memory_format=torch.channels_last)
 
-    models = {}
-    for name, file in files.items():
-        models[name], form = deployed(file, inputs)
-        print(f"{name}: {file.variant}, {form}")
-
-    measured = measure_latency(
-        models, inputs, args.rounds, args.warm_up, before=lambda name: files[name].use_engine()
+    fastest = measure_fastest_forms(
+        {name: forms_of(file) for name, file in files.items()},
+        inputs,
+        args.rounds,
+        args.warm_up,
+        before=lambda name: files[name].use_engine(),
     )
-    rows = rows_of(files, measured)
+    for name, (form, _) in fastest.items():
+        print(f"{name}: {files[name].variant}, {form}")
+    rows = rows_of(files, {name: latency for name, (_, latency) in fastest.items()})
     print(
         f"torch {torch.__version__}, {runtime.cpu_name()}, {torch.get_num_threads()} threads, "
         f"batch size {args.batch_size}, images of {image_size}x{image_size}, {args.rounds} rounds\n"

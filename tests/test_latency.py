@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from utils import latency
-from utils.latency import Latency, measure_latency
+from utils.latency import Latency, measure_fastest_forms, measure_latency
 
 INPUTS = torch.zeros(4, 3, 8, 8)
 
@@ -83,3 +83,33 @@ def test_speedup_is_the_median_of_the_rounds_own_ratios():
     fast = Latency(1, (5.0, 50.0, 30.0))
     assert fast.speedup_over(slow) == 2.0  # of 2, 4 and 1; the medians alone would say 1.0
     assert slow.speedup_over(slow) == 1.0
+
+
+def test_of_several_forms_the_one_with_the_lowest_median_counts(monkeypatch):
+    clock, running = [0.0], []
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: clock[0])
+    # The oneDNN form is once the fastest, but not as a rule.
+    costs = {"frozen": [2, 2, 2], "oneDNN": [1, 3, 3], "int8": [1, 1, 1]}
+    calls = dict.fromkeys(costs, 0)
+
+    def model(form):
+        def call(_inputs):
+            clock[0] += costs[form][calls[form] // 2 % 3]
+            calls[form] += 1
+            running.append(form)
+
+        return call
+
+    prepared = []
+    measured = measure_fastest_forms(
+        {"float": {f: model(f) for f in ("frozen", "oneDNN")}, "small": {"int8": model("int8")}},
+        INPUTS,
+        rounds=3,
+        warm_up=0,
+        before=prepared.append,
+    )
+    assert {name: form for name, (form, _) in measured.items()} == {"float": "frozen", "small": "int8"}
+    assert measured["float"][1].times_ms == (2000, 2000, 2000)
+    assert measured["small"][1].times_ms == (1000, 1000, 1000)
+    assert running == ["frozen", "frozen", "oneDNN", "oneDNN", "int8", "int8"] * 3
+    assert prepared[-3:] == ["float", "float", "small"]

@@ -14,14 +14,14 @@ from utils.cli import positive_int
 from utils.data import ImageData, Normalization
 from utils.evaluation import Evaluation, evaluate
 from utils.files import BYTES_PER_MB
-from utils.latency import measure_latency
+from utils.latency import measure_fastest_forms
 from utils.model_statistics import count_macs
 from utils.quantization import int8_parameters
 from utils.runtime import cpu_name
 from utils.tables import format_table
 from utils.torchscript import (
     ScriptMetadata,
-    fastest_form,
+    float_forms,
     pack_torchscript,
     save_torchscript,
     to_torchscript,
@@ -147,13 +147,14 @@ def compare(deployments: Sequence[Deployment], args: Namespace) -> list[dict[str
     first = deployments[0]
     side = first.metadata.image_size
     inputs = torch.randn(args.latency_batch_size, 3, side, side).to(memory_format=torch.channels_last)
-    models = {d.metadata.variant: d.scripted for d in deployments}
-    models[first.metadata.variant], _ = fastest_form(first.scripted, inputs)
-    latencies = measure_latency(models, inputs, args.latency_rounds, WARM_UP)
+    models = {d.metadata.variant: {"TorchScript": d.scripted} for d in deployments}
+    models[first.metadata.variant] = float_forms(first.scripted, side)
+    latencies = measure_fastest_forms(models, inputs, args.latency_rounds, WARM_UP)
+    _, first_latency = latencies[first.metadata.variant]
     rows = []
     for deployment in deployments:
         evaluation, metadata = deployment.evaluation, deployment.metadata
-        latency = latencies[metadata.variant]
+        _, latency = latencies[metadata.variant]
         rows.append(
             {
                 "variant": metadata.variant,
@@ -167,7 +168,7 @@ def compare(deployments: Sequence[Deployment], args: Namespace) -> list[dict[str
                 "latency_batch_size": latency.batch_size,
                 "median_latency_ms": latency.median_ms,
                 "p90_latency_ms": latency.p90_ms,
-                "speedup": latency.speedup_over(latencies[first.metadata.variant]),
+                "speedup": latency.speedup_over(first_latency),
             }
         )
     return rows

@@ -89,6 +89,37 @@ def measure_latency(
     return {name: Latency(len(inputs), tuple(times)) for name, times in times_ms.items()}
 
 
+def measure_fastest_forms(
+    models: Mapping[str, Mapping[str, Callable[[Tensor], object]]],
+    inputs: Tensor,
+    rounds: int,
+    warm_up: int,
+    before: Callable[[str], None] | None = None,
+) -> dict[str, tuple[str, Latency]]:
+    """As `measure_latency`, for models that can run in several forms, all timed in the same rounds.
+
+    Args:
+        models: by name; each by the names of its forms.
+        inputs: as for `measure_latency`, and so are the others.
+
+    Returns:
+        The name of the form with the lowest median, and its times, of each model.
+    """
+    forms = [(name, form) for name, callables in models.items() for form in callables]
+    measured = measure_latency(
+        {str(index): models[name][form] for index, (name, form) in enumerate(forms)},
+        inputs,
+        rounds,
+        warm_up,
+        before and (lambda index: before(forms[int(index)][0])),
+    )
+    fastest: dict[str, tuple[str, Latency]] = {}
+    for (name, form), latency in zip(forms, measured.values(), strict=True):
+        if name not in fastest or latency.median_ms < fastest[name][1].median_ms:
+            fastest[name] = (form, latency)
+    return fastest
+
+
 @contextmanager
 def _no_garbage_collection():
     """A collection in the midst of a call would be counted as the model's."""

@@ -6,7 +6,6 @@ The one module that calls torch.jit, which torch has deprecated and still ships.
 import io
 import json
 import os
-import time
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -173,32 +172,20 @@ def load_torchscript(path: str | os.PathLike) -> tuple[torch.jit.ScriptModule, S
         torch.backends.quantized.engine = before
 
 
-def fastest_form(model: nn.Module, inputs: Tensor, rounds: int = 5) -> tuple[Callable[[Tensor], Tensor], str]:
-    """The fastest way to run a float model on `inputs` in TorchScript, and what to call it.
+def float_forms(model: nn.Module, image_size: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The ways to run a float model in TorchScript, by what to call them; which is faster depends.
 
     Args:
         model: in eval mode; batch norms are folded here. A ScriptModule works as well.
-        inputs: a batch (N, 3, H, W).
-        rounds: times taken of each form; the fastest call decides.
+        image_size: side in pixels.
     """
-    forms: dict[str, Callable[[Tensor], Tensor]] = {}
-    with _quietly(), torch.inference_mode():
+    with _quietly():
         scripted = isinstance(model, torch.jit.ScriptModule)
-        frozen = model if scripted else to_torchscript(model, inputs.shape[-1])
-        forms["frozen TorchScript"] = frozen
-        forms["TorchScript optimized for inference (oneDNN)"] = torch.jit.optimize_for_inference(frozen)
-        times_s = {}
-        for name, form in forms.items():
-            for _ in range(3):
-                form(inputs)
-            times = []
-            for _ in range(rounds):
-                start = time.perf_counter()
-                form(inputs)
-                times.append(time.perf_counter() - start)
-            times_s[name] = min(times)
-    best = min(times_s, key=times_s.get)
-    return forms[best], best
+        frozen = model if scripted else to_torchscript(model, image_size)
+        return {
+            "frozen TorchScript": frozen,
+            "TorchScript optimized for inference (oneDNN)": torch.jit.optimize_for_inference(frozen),
+        }
 
 
 def _read_metadata(path: Path) -> ScriptMetadata:
@@ -229,4 +216,7 @@ def _quietly():
     """Torch announces in several warnings that TorchScript and quantized tensors are deprecated."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # One of them comes from C++, once in a process, and from jit.load straight to stderr. Brought
+        # about here, it goes through Python and is ignored with the others.
+        torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.qint8)
         yield
