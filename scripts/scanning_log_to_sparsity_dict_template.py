@@ -1,0 +1,38 @@
+"""Turn a finished sensitivity scan into a sparsity dict with the recommended sparsity of each layer.
+
+The result is a start: layers were pruned one at a time, and pruning them together costs more. Edit
+it by hand, then give it to prune.py.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import cli, errors, files
+from utils.scanning_log import read_recommended
+from utils.sparsity_dict import MEANING, write_sparsity_dict
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.ArgumentParser(__doc__)
+    parser.add_argument("--f", default="scanning_log.csv", help="log of scripts/sensitivity_scan.py")
+    parser.add_argument("--o", default="sparsity_dict.csv", help="CSV to write")
+    cli.add_force_argument(parser)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Read the log, write the dict."""
+    files.check_output(args.o, force=args.force)
+    keep_ratios, descriptions = read_recommended(args.f)
+    write_sparsity_dict(args.o, keep_ratios, descriptions)
+    pruned = sum(keep_ratio < 1 for keep_ratio in keep_ratios.values())
+    print(f"wrote {args.o}: {pruned} of {len(keep_ratios)} layers are to be pruned")
+    print(MEANING)
+
+
+if __name__ == "__main__":
+    errors.run(lambda: main(get_args_parser().parse_args()))

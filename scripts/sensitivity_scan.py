@@ -1,0 +1,183 @@
+"""Prune each layer alone, measure accuracy, and recommend how much of it to keep.
+
+Writes a CSV a row at a time (an interrupted scan goes on where it stopped when the same command is
+given again) and a plot beside it. `sparsity` is the fraction of weights KEPT. Recommended is the
+smallest sparsity at which accuracy stays at or above the threshold, else 1.0.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from tqdm import tqdm
+
+from utils import cli, errors, files, runtime
+from utils.batches import Batches
+from utils.data import load_data
+from utils.errors import UserError
+from utils.evaluation import evaluate
+from utils.model_statistics import ModelStatistics, model_statistics
+from utils.plots import plot_sensitivity
+from utils.pruner import kept_count
+from utils.scanning_log import ScanningLog, scan_id
+from utils.sensitivity import measure, scan_plan
+from utils.sparsity_dict import describe_layers
+from utils.weights import Weights, add_output_stride_argument, complete, load_weights
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.ArgumentParser(__doc__)
+    parser.add_argument("--weights", required=True, help="weights file of the model to scan")
+    parser.add_argument(
+        "--accuracy_threshold",
+        type=cli.percent,
+        required=True,
+        metavar="PERCENT",
+        help="accuracy that a recommended sparsity keeps, such as 80.5",
+    )
+    parser.add_argument(
+        "--sparsities",
+        type=cli.fraction,
+        nargs="+",
+        default=[0.5, 0.7, 0.9],
+        help="fractions of a layer's weights KEPT, each measured",
+    )
+    parser.add_argument(
+        "--split", choices=("test", "val"), default="test", help="images to measure on; val is for tuning"
+    )
+    parser.add_argument("--batch_size", type=cli.positive_int, default=500, help="images a batch")
+    parser.add_argument("--o", default="scanning_log.csv", help="CSV to write")
+    parser.add_argument("--plot", help="PNG to write (default: beside --o, with its name)")
+    cli.add_force_argument(parser)
+    add_output_stride_argument(parser)
+    cli.add_data_arguments(parser)
+    cli.add_runtime_arguments(parser)
+    cli.add_record_argument(parser)
+    return parser
+
+
+def check_outputs(args: argparse.Namespace) -> Path:
+    """Check every output before the work starts; the path of the plot.
+
+    Raises:
+        UserError: one cannot be written, or is there already and is not a log to go on with.
+    """
+    plot = Path(args.plot) if args.plot else Path(args.o).with_suffix(".png")
+    if plot.resolve() == Path(args.o).resolve():
+        raise UserError(f"--o {args.o} and the plot would be one file: give --plot another name")
+    is_continued = Path(args.o).is_file()
+    files.check_output(args.o, force=args.force or is_continued)
+    files.check_output(plot, force=args.force or is_continued)
+    runtime.check_record(args)
+    return plot
+
+
+def format_layer(log: ScanningLog, name: str) -> str:
+    """A layer's row of the printed table."""
+    rows = log.of_layer(name)
+    cells = "".join(f"{row.accuracy_pct:9.2f}" for row in rows)
+    return f"{name:<22}{cells}{log.recommended()[name]:>13g}"
+
+
+def format_header(log: ScanningLog) -> str:
+    """The head of the printed table."""
+    levels = sorted({keep_ratio for _, keep_ratio in log.plan})
+    return f"{'accuracy % at sparsity':<22}{''.join(f'{level:9g}' for level in levels)}  recommended"
+
+
+def scan(weights: Weights, batches: Batches, log: ScanningLog) -> None:
+    """Measure what the log lacks, a row at a time; print a line a layer.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; the log holds every row that was measured.
+    """
+    print(format_header(log))
+    done = len(log.rows)
+    to_do = log.plan[done:]
+    for name in dict.fromkeys(name for name, _ in log.plan[:done]):
+        if not to_do or to_do[0][0] != name:
+            print(format_layer(log, name))
+    start = time.perf_counter()
+    progress = tqdm(total=len(log.plan), initial=done, leave=False, disable=not sys.stderr.isatty())
+    try:
+        for index, evaluation in enumerate(measure(weights.model, batches, to_do), 1):
+            row = log.append(evaluation)
+            progress.update()
+            if index == len(to_do) or to_do[index][0] != row.layer:
+                left = (time.perf_counter() - start) / index * (len(to_do) - index)
+                progress.write(f"{format_layer(log, row.layer)}   {tqdm.format_interval(left)} left")
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"{len(log.rows)} of {len(log.plan)} rows are in {log.path}; the same command goes on from there"
+        ) from None
+    finally:
+        progress.close()
+
+
+def density_at(keep_ratios: dict[str, float], statistics: ModelStatistics) -> float:
+    """Fraction of all parameters that are left when each layer keeps its fraction."""
+    pruned = sum(
+        layer.parameters - kept_count(layer.parameters, keep_ratios[layer.name])
+        for layer in statistics.layers
+    )
+    return 1 - pruned / statistics.parameters
+
+
+def main(args: argparse.Namespace) -> None:
+    """Scan, or go on with a scan; write the log and the plot."""
+    runtime.set_up(args.seed, args.threads)
+    plot = check_outputs(args)
+    weights = load_weights(args.weights, output_stride=args.output_stride)
+    data = load_data(args, weights.image_size)
+    weights = complete(args.weights, weights, data)
+    split = data.split(args.split)
+    batches = Batches(split, weights.normalization, args.batch_size)
+    model = weights.model.to(memory_format=torch.channels_last)
+    statistics = model_statistics(model, weights.image_size)
+
+    log = ScanningLog(
+        args.o,
+        scan_plan(model, args.sparsities),
+        args.accuracy_threshold,
+        scan_id(weights, split),
+        describe_layers(statistics.layers),
+    )
+    if Path(args.o).is_file() and not args.force:
+        log.load()
+        print(f"going on after {len(log.rows)} of {len(log.plan)} rows in {args.o}")
+    log.start()
+    dense = evaluate(model, batches)
+    print(
+        f"unpruned: {args.split} accuracy {dense.accuracy_pct:.2f} % "
+        f"({dense.correct} / {dense.total}), loss {dense.loss:.4f}"
+    )
+    if dense.accuracy_pct < args.accuracy_threshold:
+        print(f"this is below --accuracy_threshold {args.accuracy_threshold:g}: most layers will stay whole")
+    scan(weights, batches, log)
+
+    shapes = {layer.name: layer.shape for layer in statistics.layers}
+    plot_sensitivity(plot, log.rows, shapes, dense.accuracy_pct, args.accuracy_threshold)
+    recommended = log.recommended()
+    density = density_at(recommended, statistics)
+    if args.record:
+        results = {
+            "split": args.split,
+            "dense_accuracy_pct": dense.accuracy_pct,
+            "dense_loss": dense.loss,
+            "recommended_sparsity": recommended,
+            "density": density,
+        }
+        runtime.write_record(args.record, args, results)
+    pruned = sum(keep_ratio < 1 for keep_ratio in recommended.values())
+    print(f"recommended: prune {pruned} of {len(recommended)} layers, density {100 * density:.2f} %")
+    print(f"wrote {args.o} and {plot}")
+
+
+if __name__ == "__main__":
+    errors.run(lambda: main(get_args_parser().parse_args()))
