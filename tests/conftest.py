@@ -79,3 +79,16 @@ def tiny_weights(tmp_path_factory) -> Path:
     )
     save_weights(path, weights, Namespace())
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_scripted(run_script, tiny_folder, tiny_weights, tmp_path_factory) -> Path:
+    """A folder with what post_training_quantization.py makes of `tiny_weights`, and record.json."""
+    folder = tmp_path_factory.mktemp("scripted")
+    run_script("scripts/to_qmodel_weights.py", "--weights", tiny_weights, "--output", folder / "qmodel.pth")
+    run_script(
+        *("post_training_quantization.py", "--weights", folder / "qmodel.pth", "--output_dir", folder),
+        *("--dataset", "folder", "--data_dir", tiny_folder, "--threads", 1, "--latency_rounds", 3),
+        *("--record", folder / "record.json"),
+    )
+    return folder

@@ -101,6 +101,25 @@ def test_the_numbers_agree_with_each_other_and_with_the_files(
     assert recorded["cpu"] in done.stdout
 
 
+def test_int8_files_run_on_their_engine(benchmark, tiny_weights, tiny_scripted):
+    names = ["mobilenetv2_ptq_per_tensor.pt", "mobilenetv2_ptq_per_channel.pt"]
+    done = benchmark(tiny_weights, *(tiny_scripted / name for name in names), "--rounds", 3, "--warm_up", 1)
+    for name in names:
+        variant = name.removeprefix("mobilenetv2_").removesuffix(".pt")
+        assert f"{tiny_scripted / name}: {variant}, TorchScript, engine fbgemm" in done.stdout
+    assert done.stderr == ""
+
+
+def test_an_engine_is_set_for_a_file_and_left_alone_by_a_float_one(tiny_weights, tiny_scripted, monkeypatch):
+    monkeypatch.setattr(torch.backends.quantized, "engine", "x86")
+    file = open_model(tiny_scripted / "mobilenetv2_ptq_per_channel.pt")
+    assert torch.backends.quantized.engine == "x86"
+    open_model(tiny_weights).use_engine()
+    assert torch.backends.quantized.engine == "x86"
+    file.use_engine()
+    assert torch.backends.quantized.engine == "fbgemm"
+
+
 def test_opening_tells_what_the_file_says(tiny_weights, scripted):
     weights, script = open_model(tiny_weights), open_model(scripted)
     assert (script.variant, script.engine) == ("float", None)

@@ -142,6 +142,49 @@ def test_a_qmodel_has_the_accuracy_of_its_float_model(evaluate, tiny_weights, tm
     assert "qmodel" in shown
 
 
+@pytest.mark.parametrize("variant", ["float", "ptq_per_tensor", "ptq_per_channel"])
+def test_a_torchscript_file_has_the_numbers_of_the_script_that_wrote_it(
+    evaluate, tiny_scripted, tiny_weights, tmp_path, variant
+):
+    path, record = tiny_scripted / f"mobilenetv2_{variant}.pt", tmp_path / "record.json"
+    done = evaluate("--weights", path, "--batch_size", 32, "--record", record)
+    rows = json.loads((tiny_scripted / "record.json").read_text())["results"]["rows"]
+    expected = next(row for row in rows if row["variant"] == variant)
+    results = json.loads(record.read_text())["results"]
+    assert results["variant"] == variant
+    assert (results["correct"], results["total"]) == (expected["test_correct"], 90)
+    assert results["density"] == expected["density"]
+    assert results["file_size_mb"] == expected["size_mb"] == path.stat().st_size / 2**20
+    model = load_weights(tiny_weights).model
+    assert results["macs"] == model_statistics(model, 32).macs
+    # Batch norms are folded: what is left are weights and a bias an output channel.
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+    weights, biases = sum(m.weight.numel() for m in layers), sum(len(m.weight) for m in layers)
+    assert results["parameters"] == weights + biases
+    bytes_of_weights = 4 * weights if variant == "float" else weights
+    assert results["dense_size_mb"] == (bytes_of_weights + 4 * biases) / 2**20
+    assert done.stderr == ""
+
+
+def test_an_output_stride_is_refused_where_it_is_fixed(evaluate, tiny_scripted):
+    path = tiny_scripted / "mobilenetv2_float.pt"
+    assert "its output stride is fixed" in evaluate("--weights", path, "--output_stride", 8, expect=2).stderr
+
+
+def test_damaged_torchscript_files(evaluate, tiny_scripted, tmp_path):
+    whole = (tiny_scripted / "mobilenetv2_ptq_per_channel.pt").read_bytes()
+    bad = tmp_path / "bad.pt"
+    for kept in (0.1, 0.5, 0.99):
+        bad.write_bytes(whole[: int(kept * len(whole))])
+        assert "truncated" in evaluate("--weights", bad, expect=2).stderr
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    bad.write_bytes(flipped)
+    assert "damaged" in evaluate("--weights", bad, expect=2).stderr
+    torch.jit.script(torch.nn.Linear(2, 2)).save(bad)
+    assert "another project" in evaluate("--weights", bad, expect=2).stderr
+
+
 def test_bad_input(evaluate, tiny_weights, tiny_folder, tmp_path):
     def refused(*argv):
         return evaluate(*argv, expect=2).stderr
