@@ -68,7 +68,7 @@ def plot_sensitivity(
             ha="right", va="bottom", fontsize=8, bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0},
         )  # fmt: skip
     figure.suptitle(
-        f"each layer pruned alone: unpruned {dense_accuracy_pct:.2f} %, threshold {threshold_pct:g} % (dashed)"
+        f"each layer pruned alone; unpruned {dense_accuracy_pct:.2f} %, threshold {threshold_pct:g} % dashed"
     )
     figure.supxlabel("sparsity: fraction of the layer's weights kept, all other layers whole")
     figure.supylabel("accuracy %")

@@ -104,7 +104,7 @@ class ScanningLog:
         # A row counts once its line has ended: a kill may leave half of one.
         whole = text[: text.rfind("\n") + 1]
         try:
-            if not whole:
+            if not whole.strip():
                 raise UserError("it has no header")
             rows = parse_csv(self.path, whole, COLUMNS, MADE_BY)
             self.rows = [_measurement(row) for row in rows]
@@ -143,10 +143,6 @@ class ScanningLog:
                 f"the same command goes on after {len(self.rows) - 1} rows"
             ) from error
         return self.rows[-1]
-
-    def is_complete(self) -> bool:
-        """Whether every point of the plan has been measured."""
-        return len(self.rows) == len(self.plan)
 
     def of_layer(self, name: str) -> list[Measurement]:
         """The rows of a layer so far."""

@@ -1,0 +1,449 @@
+import copy
+import csv
+import json
+import os
+import signal
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn.utils import prune
+
+from models import MobileNetV2
+from tests import script_process
+from utils.batches import Batches
+from utils.data import Normalization, Split
+from utils.errors import UserError
+from utils.evaluation import Evaluation, evaluate
+from utils.model_statistics import model_statistics, prunable_layers
+from utils.plots import KINDS, layer_kind
+from utils.scanning_log import COLUMNS, ScanningLog, read_recommended
+from utils.sensitivity import evaluate_with_pruned_layer, measure, recommend, scan_plan
+from utils.sparsity_dict import READ_ONLY_COLUMNS, describe_layers, read_sparsity_dict
+from utils.weights import Weights, load_weights, save_weights
+
+SCAN = "scripts/sensitivity_scan.py"
+CONVERT = "scripts/scanning_log_to_sparsity_dict_template.py"
+
+
+@pytest.mark.parametrize(
+    ("accuracies_pct", "threshold_pct", "expected"),
+    [
+        ([90.0, 90.0, 90.0], 80.0, 0.5),
+        ([79.99, 80.0, 90.0], 80.0, 0.7),
+        ([10.0, 20.0, 80.0], 80.0, 0.9),
+        ([10.0, 20.0, 79.99], 80.0, 1.0),
+        # The smallest that passes, also where a larger one does not.
+        ([81.0, 70.0, 85.0], 80.0, 0.5),
+        ([70.0, 81.0, 70.0], 80.0, 0.7),
+    ],
+)
+def test_the_smallest_sparsity_at_or_above_the_threshold(accuracies_pct, threshold_pct, expected):
+    assert recommend([0.5, 0.7, 0.9], accuracies_pct, threshold_pct) == expected
+    assert recommend([0.9, 0.7, 0.5], accuracies_pct[::-1], threshold_pct) == expected
+
+
+def learned_model() -> tuple[MobileNetV2, Batches]:
+    """A model whose weights hold ties and negative zeros, and images that it tells apart in part."""
+    torch.manual_seed(0)
+    model = MobileNetV2(num_classes=3, width_mult=0.1, output_stride=32)
+    model = model.to(memory_format=torch.channels_last)
+    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
+    batches = Batches(Split(images, torch.randint(3, (64,))), Normalization((0.5,) * 3, (0.25,) * 3), 32)
+    model.train()
+    with torch.no_grad():
+        for _ in range(3):
+            for batch, _ in batches:
+                model(batch)
+        model.classifier[1].weight.mul_(100)
+        model.features[2].conv[0][0].weight[:, :3] = -0.0
+    return model.eval(), batches
+
+
+def bits(model) -> dict[str, bytes]:
+    return {name: value.contiguous().numpy().tobytes() for name, value in model.state_dict().items()}
+
+
+def test_each_layer_alone_as_a_plain_loop_measures_it():
+    model, batches = learned_model()
+    before = bits(model)
+    plan = [point for i, point in enumerate(scan_plan(model, [0.7, 0.3, 0.3])) if i % 7 == 0]
+    losses = set()
+    for (name, keep_ratio), evaluation in zip(plan, measure(model, batches, plan), strict=True):
+        assert bits(model) == before
+        pruned = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+        prune.l1_unstructured(pruned.get_submodule(name), "weight", amount=1 - keep_ratio)
+        prune.remove(pruned.get_submodule(name), "weight")
+        pruned = pruned.to(memory_format=torch.channels_last)
+        assert evaluation == evaluate(pruned, batches)
+        losses.add(evaluation.loss)
+    assert len(losses) > len(plan) / 2
+    assert bits(model) == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_weights_are_restored_after_an_error():
+    model, batches = learned_model()
+    before = bits(model)
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    hook = model.classifier.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluate_with_pruned_layer(model, batches, "features.0.0", 0.1)
+    hook.remove()
+    assert bits(model) == before
+
+
+def test_the_plan_is_in_forward_order_from_the_smallest_up():
+    model = MobileNetV2(width_mult=0.1)
+    plan = scan_plan(model, [0.9, 0.5, 0.9, 0.7])
+    assert plan[:4] == [
+        ("features.0.0", 0.5),
+        ("features.0.0", 0.7),
+        ("features.0.0", 0.9),
+        ("features.1.conv.0.0", 0.5),
+    ]
+    assert len(plan) == 53 * 3
+    assert list(dict(plan)) == list(prunable_layers(model))
+
+
+# Right answers of 100 at sparsity 0.5, 0.7, 0.9, and where and what the log marks at 80 %.
+LAYERS = {
+    "features.0.0": ([81, 70, 85], [0.5, "", ""]),
+    "features.1.conv.0.0": ([70, 80, 90], ["", 0.7, ""]),
+    "classifier.1": ([10, 20, 79], ["", "", 1.0]),
+}
+
+
+def make_log(path: Path, threshold_pct: float = 80.0, levels=(0.5, 0.7, 0.9), scan_id="abc") -> ScanningLog:
+    plan = [(name, level) for name in LAYERS for level in levels]
+    descriptions = dict.fromkeys(LAYERS, ("8x3x3x3", 216, 1000))
+    return ScanningLog(path, plan, threshold_pct, scan_id, descriptions)
+
+
+def results() -> list[Evaluation]:
+    return [
+        Evaluation(correct, 100, 1 / (correct + 3), (correct,), (100,))
+        for corrects, _ in LAYERS.values()
+        for correct in corrects
+    ]
+
+
+@pytest.fixture
+def whole(tmp_path) -> Path:
+    log = make_log(tmp_path / "whole.csv")
+    log.start()
+    for result in results():
+        log.append(result)
+    return log.path
+
+
+def test_the_log_and_its_marks(whole):
+    with open(whole, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == COLUMNS
+    marks = [row["recommended_sparsity"] for row in rows]
+    assert marks == [str(mark) for _, layer_marks in LAYERS.values() for mark in layer_marks]
+    assert rows[1] == {
+        "layer": "features.0.0",
+        "sparsity": "0.7",
+        "accuracy_pct": "70.0",
+        "correct": "70",
+        "total": "100",
+        "loss": repr(1 / 73),
+        "recommended_sparsity": "",
+        "shape": "8x3x3x3",
+        "parameters": "216",
+        "macs": "1000",
+        "scan_id": "abc",
+    }
+
+
+def test_a_log_cut_at_any_byte_is_gone_on_with_to_the_same_end(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    content = whole.read_bytes()
+    header = content.index(b"\n") + 1
+    path = tmp_path / "cut.csv"
+    for cut in range(header, len(content) + 1):
+        path.write_bytes(content[:cut])
+        log = make_log(path)
+        log.load()
+        assert len(log.rows) == content[:cut].count(b"\n") - 1
+        log.start()
+        for result in results()[len(log.rows) :]:
+            log.append(result)
+        assert path.read_bytes() == content, cut
+
+
+def test_each_row_is_on_disk_as_soon_as_it_is_measured(tmp_path):
+    log = make_log(tmp_path / "log.csv")
+    log.start()
+    for count, result in enumerate(results(), 1):
+        log.append(result)
+        assert log.path.read_text().count("\n") == 1 + count
+        assert log.path.read_text().endswith("\n")
+
+
+def test_another_threshold_moves_the_marks_of_rows_that_are_there(whole):
+    log = make_log(whole, threshold_pct=75.0)
+    log.load()
+    log.start()
+    assert log.recommended() == {"features.0.0": 0.5, "features.1.conv.0.0": 0.7, "classifier.1": 0.9}
+    with open(whole, newline="") as file:
+        marked = [
+            (row["layer"], row["sparsity"]) for row in csv.DictReader(file) if row["recommended_sparsity"]
+        ]
+    assert marked == [("features.0.0", "0.5"), ("features.1.conv.0.0", "0.7"), ("classifier.1", "0.9")]
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [({"scan_id": "abd"}, "other weights or images"), ({"levels": (0.3, 0.7, 0.9)}, "other sparsities")],
+)
+def test_a_log_of_another_scan_is_left_alone(whole, other, says):
+    content = whole.read_bytes()
+    with pytest.raises(UserError, match=says):
+        make_log(whole, **other).load()
+    assert whole.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "precious", "layer,sparsity\nclassifier.1,1.0\n", "\0\n"])
+def test_what_is_no_log_is_left_alone(tmp_path, content):
+    path = tmp_path / "log.csv"
+    path.write_text(content)
+    with pytest.raises(UserError, match="--force"):
+        make_log(path).load()
+    assert path.read_text() == content
+
+
+def test_a_full_disk_ends_in_one_line(tmp_path):
+    log = make_log(tmp_path / "log.csv")
+    log.start()
+    log.append(results()[0])
+    log.path = Path("/dev/full")
+    with pytest.raises(UserError, match="goes on after 1 rows"):
+        log.append(results()[1])
+
+
+def test_layers_are_told_apart_by_their_shapes():
+    counts = dict.fromkeys(KINDS, 0)
+    for name, layer in prunable_layers(MobileNetV2()).items():
+        counts[layer_kind(name, tuple(layer.weight.shape))] += 1
+    assert list(counts.values()) == [17, 17, 17, 2]
+
+
+# From here on as a user runs it.
+
+
+@pytest.fixture(scope="module")
+def scan(run_script, tiny_folder, tiny_weights):
+    def run(output, *argv, weights=tiny_weights, expect=0):
+        data = ("--dataset", "folder", "--data_dir", tiny_folder, "--threads", 1)
+        files = ("--weights", weights, "--o", output)
+        return run_script(SCAN, *data, *files, *argv, expect=expect)
+
+    return run
+
+
+FAST = ("--accuracy_threshold", 30, "--split", "val", "--sparsities", 0.3, 0.6)
+
+
+@pytest.fixture(scope="module")
+def scanned(scan, tmp_path_factory):
+    """The log of a whole scan, what was printed and what was recorded."""
+    folder = tmp_path_factory.mktemp("scan")
+    printed = scan(folder / "log.csv", *FAST, "--record", folder / "r.json").stdout
+    return folder / "log.csv", printed, json.loads((folder / "r.json").read_text())["results"]
+
+
+def test_the_scan_from_the_shell(scanned, tiny_weights):
+    path, printed, record = scanned
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    weights = load_weights(tiny_weights)
+    assert [(row["layer"], float(row["sparsity"])) for row in rows] == scan_plan(weights.model, [0.3, 0.6])
+    for row in rows:
+        assert row["total"] == "18"
+        assert float(row["accuracy_pct"]) == pytest.approx(100 * int(row["correct"]) / 18, abs=1e-6)
+    assert len({row["loss"] for row in rows}) > 20
+    marks = {row["layer"]: float(row["recommended_sparsity"]) for row in rows if row["recommended_sparsity"]}
+    assert marks == record["recommended_sparsity"]
+    assert list(marks) == list(prunable_layers(weights.model))
+    assert f"unpruned: val accuracy {record['dense_accuracy_pct']:.2f} %" in printed
+    statistics = model_statistics(weights.model, 32)
+    described = describe_layers(statistics.layers)
+    assert [rows[0][column] for column in READ_ONLY_COLUMNS] == list(map(str, described["features.0.0"]))
+    gone = sum(round((1 - marks[layer.name]) * layer.parameters) for layer in statistics.layers)
+    assert record["density"] == pytest.approx(1 - gone / statistics.parameters, abs=1e-12)
+    assert f"density {100 * record['density']:.2f} %" in printed
+    assert printed.count(" left\n") == 53
+
+
+def test_the_plot_is_a_picture_with_curves(scanned):
+    with Image.open(scanned[0].with_suffix(".png")) as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 600
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 100
+
+
+def test_an_interrupted_scan_ends_with_the_same_log(scan, scanned, tiny_folder, tiny_weights, tmp_path):
+    output = tmp_path / "log.csv"
+    argv = [SCAN, "--dataset", "folder", "--data_dir", tiny_folder, "--threads", 1]
+    argv += ["--weights", tiny_weights, "--o", output, *FAST]
+    process = script_process.run_until(
+        list(map(str, argv)),
+        lambda: output.is_file() and len(output.read_text().splitlines()) > 20,
+        signal.SIGINT,
+    )
+    assert process.returncode == 130
+    assert "106 rows" in process.stderr.read()
+    measured = output.read_text().splitlines()
+    assert 20 < len(measured) < 107
+    output.write_text("\n".join(measured)[:-3])  # as a kill within a line leaves it
+    printed = scan(output, *FAST).stdout
+    assert f"going on after {len(measured) - 2} of 106 rows" in printed
+    assert output.read_bytes() == scanned[0].read_bytes()
+    assert output.with_suffix(".png").read_bytes() == scanned[0].with_suffix(".png").read_bytes()
+
+
+def test_a_log_of_other_weights_is_refused_without_force(scan, scanned, tiny_weights, tmp_path):
+    output = tmp_path / "log.csv"
+    content = scanned[0].read_bytes()
+    output.write_bytes(content)
+    weights = load_weights(tiny_weights)
+    with torch.no_grad():
+        weights.model.features[0][0].weight[0, 0, 0, 0] += 1e-3
+    other = tmp_path / "other.pth"
+    save_weights(other, weights, Namespace())
+    assert "other weights or images" in scan(output, *FAST, weights=other, expect=2).stderr
+    assert "other weights or images" in scan(output, *FAST, "--split", "test", expect=2).stderr
+    assert "other sparsities" in scan(output, *FAST, "--sparsities", 0.5, expect=2).stderr
+    assert output.read_bytes() == content
+    assert not output.with_suffix(".png").exists()
+    scan(output, *FAST, "--sparsities", 0.5, "--force")
+    assert len(output.read_text().splitlines()) == 54
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (("--accuracy_threshold", 0.8), "in percent"),
+        (("--accuracy_threshold", 101), "in percent"),
+        (("--sparsities", 0.5, 1.5), "--sparsities"),
+        (("--sparsities", "nan"), "--sparsities"),
+        (("--sparsities",), "--sparsities"),
+        (("--split", "train"), "--split"),
+        (("--batch_size", 0), "--batch_size"),
+        (("--val_size", 0), "val split holds no images"),
+        (("--weights", "nowhere.pth"), "nowhere.pth does not exist"),
+        (("--plot", "/proc/none/p.png"), "cannot be written"),
+        (("--plot", "SAME"), "one file"),
+    ],
+)
+def test_bad_arguments_are_refused(scan, tmp_path, argv, says):
+    output = tmp_path / "log.csv"
+    argv = [output if arg == "SAME" else arg for arg in argv]
+    assert says in scan(output, *FAST, *argv, expect=2).stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plot_that_is_there_is_kept(scan, tmp_path):
+    (tmp_path / "log.png").write_text("precious")
+    assert "--force" in scan(tmp_path / "log.csv", *FAST, expect=2).stderr
+    assert (tmp_path / "log.png").read_text() == "precious"
+
+
+def test_the_threshold_must_be_given(run_script, tiny_weights):
+    assert "--accuracy_threshold" in run_script(SCAN, "--weights", tiny_weights, expect=2).stderr
+
+
+def test_the_log_becomes_a_sparsity_dict_that_prune_takes(
+    run_script, scanned, tiny_folder, tiny_weights, tmp_path
+):
+    path, _, record = scanned
+    output = tmp_path / "s.csv"
+    printed = run_script(CONVERT, "--f", path, "--o", output).stdout
+    assert "sparsity is the fraction of weights KEPT" in printed
+    layers = prunable_layers(load_weights(tiny_weights).model)
+    assert read_sparsity_dict(output, layers) == record["recommended_sparsity"]
+    template = tmp_path / "t.csv"
+    run_script("scripts/generate_sparsity_dict_template.py", "--weights", tiny_weights, "--o", template)
+    with open(output, newline="") as one, open(template, newline="") as other:
+        for row, expected in zip(csv.DictReader(one), csv.DictReader(other), strict=True):
+            assert {**row, "sparsity": "1.0"} == expected
+    run_script(
+        "prune.py", "--dataset", "folder", "--data_dir", tiny_folder, "--weights", tiny_weights,
+        "--epochs", 0, "--sparsity_dict", output, "--output", tmp_path / "p.pth", "--record", tmp_path / "p.json",
+    )  # fmt: skip
+    pruned = json.loads((tmp_path / "p.json").read_text())["results"]
+    zeros_elsewhere = sum(int((p == 0).sum()) for p in load_weights(tiny_weights).model.parameters())
+    expected = record["density"] - zeros_elsewhere / pruned["parameters"]
+    assert pruned["density"] == pytest.approx(expected, abs=1e-12)
+    assert "--force" in run_script(CONVERT, "--f", path, "--o", output, expect=2).stderr
+
+
+LOG_FAULTS = {
+    "empty": (lambda text: "", "is empty"),
+    "unfinished": (lambda text: "".join(text.splitlines(True)[:-5]), "holds 101 of 106 rows"),
+    "torn": (lambda text: text[:-30], "line 107 has"),
+    "a_sparsity_dict": (lambda text: "layer,sparsity\nclassifier.1,1.0\n", "no column accuracy_pct"),
+    "unknown_layer": (
+        lambda text: text.replace("features.0.0,", "features.0.1,", 1),
+        "did you mean features.0.0?",
+    ),
+    "row_twice": (lambda text: text + text.splitlines()[-1] + "\n", "is there already"),
+    "not_a_count": (lambda text: text.replace(",18,", ",many,", 1), "line 2, column total"),
+}
+
+
+@pytest.mark.parametrize("fault", LOG_FAULTS)
+def test_each_fault_of_the_log_ends_in_one_line(run_script, scanned, tmp_path, fault):
+    spoil, says = LOG_FAULTS[fault]
+    path = tmp_path / "log.csv"
+    path.write_text(spoil(scanned[0].read_text()))
+    error = run_script(CONVERT, "--f", path, "--o", tmp_path / "s.csv", expect=2).stderr
+    assert says in error
+    assert str(path) in error
+    assert not (tmp_path / "s.csv").exists()
+
+
+def test_marks_that_a_person_removed_or_doubled(scanned, tmp_path):
+    with open(scanned[0], newline="") as file:
+        rows = list(csv.DictReader(file))
+
+    def write(marks) -> Path:
+        path = tmp_path / "log.csv"
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(
+                row | {"recommended_sparsity": mark} for row, mark in zip(rows, marks, strict=True)
+            )
+        return path
+
+    with pytest.raises(UserError, match=r"no recommended_sparsity for layer features\.0\.0"):
+        read_recommended(write([""] * 106))
+    with pytest.raises(UserError, match="has one already"):
+        read_recommended(write([0.5] * 106))
+    with pytest.raises(UserError, match=r"outside \[0, 1\]"):
+        read_recommended(write([30, ""] * 53))
+    by_hand = read_recommended(write(["", "0.123456789"] * 53))[0]
+    assert set(by_hand.values()) == {0.123456789}
+
+
+def test_a_bare_state_dict_can_be_scanned(scan, tiny_weights, tmp_path):
+    bare = tmp_path / "bare.pth"
+    torch.save(load_weights(tiny_weights).model.state_dict(), bare)
+    printed = scan(tmp_path / "log.csv", *FAST, "--sparsities", 1, "--output_stride", 32, weights=bare).stdout
+    assert "recommended: prune 0 of 53 layers, density 100.00 %" in printed
+
+
+def test_weights_of_other_classes_are_refused(scan, tmp_path):
+    five = tmp_path / "five.pth"
+    save_weights(five, Weights(MobileNetV2(5, 0.1)), Namespace())
+    assert "5 classes" in scan(tmp_path / "log.csv", *FAST, weights=five, expect=2).stderr
+    assert not (tmp_path / "log.csv").exists()
