@@ -377,7 +377,8 @@ def test_the_log_becomes_a_sparsity_dict_that_prune_takes(
             assert {**row, "sparsity": "1.0"} == expected
     run_script(
         "prune.py", "--dataset", "folder", "--data_dir", tiny_folder, "--weights", tiny_weights,
-        "--epochs", 0, "--sparsity_dict", output, "--output", tmp_path / "p.pth", "--record", tmp_path / "p.json",
+        "--epochs", 0, "--sparsity_dict", output,
+        "--output", tmp_path / "p.pth", "--record", tmp_path / "p.json",
     )  # fmt: skip
     pruned = json.loads((tmp_path / "p.json").read_text())["results"]
     zeros_elsewhere = sum(int((p == 0).sum()) for p in load_weights(tiny_weights).model.parameters())
