@@ -242,7 +242,31 @@ def _convert(model: nn.Module) -> nn.Module:
         sequence[0].activation_post_process = sequence[-1].activation_post_process
         sequence[-1] = nn.Identity()
     with _quietly():
-        return eager.convert(model, inplace=True)
+        eager.convert(model, inplace=True)
+        _round_biases(model)
+    return model
+
+
+def _round_biases(model: nn.Module) -> None:
+    """Make each bias of an int8 model a whole number of accumulator steps.
+
+    A step is the scale of the input times that of the weight. fbgemm takes any float, but other
+    engines and runtimes hold biases as int32; rounded once here, all compute the same.
+    """
+
+    def round_bias(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        weight, bias = layer.weight(), layer.bias()
+        per_channel = weight.qscheme() == torch.per_channel_affine
+        scales = weight.q_per_channel_scales() if per_channel else weight.q_scale()
+        steps = inputs[0].q_scale() * scales
+        layer.set_weight_bias(weight, ((bias.double() / steps).round() * steps).float())
+
+    layers = [m for m in model.modules() if isinstance(m, int8.Conv2d | int8.Linear)]
+    hooks = [layer.register_forward_pre_hook(round_bias) for layer in layers]
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 32, 32))
+    for hook in hooks:
+        hook.remove()
 
 
 def _ending_in_relu6(model: nn.Module) -> Iterator[nn.Sequential]:
