@@ -1,0 +1,115 @@
+"""Write a model of any kind as ONNX, checked against our own outputs on test images.
+
+Float and pruned weights become a float model, int8 TorchScript files a quantized one (QDQ): with
+exactly our int8 weights, scales and zero points, so that ONNX Runtime or OpenVINO run what was
+evaluated here. If the logits differ, nothing is written.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from utils import cli, errors, runtime
+from utils.batches import Batches
+from utils.data import ImageData, load_data
+from utils.errors import UserError
+from utils.files import atomic_write, check_output, file_size_mb
+from utils.model_files import ModelFile, open_model
+from utils.onnx_export import Difference, check_difference, compare_logits, logit_step, start_session, to_onnx
+from utils.optional_packages import import_optional
+from utils.weights import add_output_stride_argument
+
+CHECK_BATCH_SIZE = 100
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.ArgumentParser(__doc__)
+    parser.add_argument("--weights", required=True, help="file of any kind that this project writes")
+    parser.add_argument("--o", required=True, metavar="FILE", help="ONNX file to write")
+    cli.add_force_argument(parser)
+    add_output_stride_argument(parser)
+    parser.add_argument(
+        "--batch_size",
+        type=cli.positive_int,
+        help="images a call, fixed in the file (default: open, any number of images)",
+    )
+    parser.add_argument(
+        "--num_check_images",
+        type=cli.positive_int,
+        default=256,
+        help="test images that outputs are compared on",
+    )
+    cli.add_data_arguments(parser)
+    cli.add_runtime_arguments(parser)
+    return parser
+
+
+def check_batches(file: ModelFile, data: ImageData, args: argparse.Namespace) -> Batches:
+    """At least --num_check_images test images, or all; whole batches if the size is fixed.
+
+    Raises:
+        UserError: the test split is smaller than one batch.
+    """
+    split = data.split("test")
+    if args.batch_size is None:
+        # Batches of two sizes, as long as the number is no multiple.
+        split = split.subset(torch.arange(min(args.num_check_images, len(split))))
+        return Batches(split, file.fit(data), CHECK_BATCH_SIZE)
+    if args.batch_size > len(split):
+        raise UserError(
+            f"--batch_size {args.batch_size} is more than the {len(split)} test images, on which the file "
+            "is checked: give a smaller one"
+        )
+    limit = -(-args.num_check_images // args.batch_size)
+    return Batches(split, file.fit(data), args.batch_size, drop_last=True, limit=limit)
+
+
+def describe(difference: Difference, step: float | None) -> str:
+    """One line."""
+    largest = f"{difference.largest:.2g}"
+    if step:
+        largest += f" ({difference.largest / step:.0f} steps of int8)"
+    return (
+        f"checked on {difference.images} test images: logits differ by at most {largest}, "
+        f"{difference.same_class_pct:.2f} % get the same class"
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    """Translate, check, write."""
+    runtime.set_up(args.seed, args.threads)
+    import_optional("onnx", "onnxruntime")
+    check_output(args.o, force=args.force)
+    file = open_model(args.weights, args.output_stride)
+    data = load_data(args, file.image_size)
+    batches = check_batches(file, data, args)
+    file = replace(
+        file,
+        class_names=data.class_names,
+        normalization=batches.normalization,
+        image_size=data.test.images.shape[-1],
+    )
+
+    model = to_onnx(file, args.batch_size)
+    content = model.SerializeToString(deterministic=True)
+    file.use_engine()
+    difference = compare_logits(file.model, start_session(content, torch.get_num_threads()), batches)
+    step = logit_step(model)
+    check_difference(args.o, difference, step)
+    print(describe(difference, step))
+    with atomic_write(args.o) as temporary:
+        temporary.write_bytes(content)
+    print(
+        f"wrote {args.o} ({file_size_mb(args.o):.2f} MB): {file.variant}, "
+        f"{'any batch size' if args.batch_size is None else f'batch size {args.batch_size}'}"
+    )
+
+
+if __name__ == "__main__":
+    errors.run(lambda: main(get_args_parser().parse_args()))
