@@ -137,10 +137,10 @@ def test_int8_weights_and_scales_are_ours(onnx, variant, int8_models, int8_files
             assert found.dtype == np.int8
             assert np.array_equal(found, expected)
         else:
-            # A bias is rounded to whole steps.
             assert found.dtype == np.int32
-            error = np.abs(found * scale.astype(np.float64) - expected.detach().double().numpy())
-            assert (error <= 0.51 * scale).all()
+            steps = expected.detach().double().numpy() / scale
+            # Whole steps before they are rounded, but for the precision of float32.
+            assert np.allclose(found, steps, rtol=1e-6, atol=1e-3)
 
 
 @pytest.mark.parametrize("variant", ["ptq_per_tensor", "ptq_per_channel"])
@@ -151,8 +151,8 @@ def test_int8_outputs_are_ours(onnx, variant, int8_files, data, pruned_weights):
     run = start_session(model.SerializeToString(), threads=1)
     difference = compare_logits(file.model, run, batches)
     assert difference.images == len(data.test)
-    assert difference.largest <= 4 * logit_step(model)
-    assert difference.same_class_pct >= 95
+    assert difference.largest <= 2.01 * logit_step(model)
+    assert difference.same_class_pct >= 98
 
 
 def test_relu6_is_where_int8_saturates(onnx, int8_files):
@@ -211,7 +211,7 @@ def test_another_image_size_and_output_stride(onnx, export, pruned_weights, tmp_
 
 @pytest.mark.parametrize(
     ("largest", "same_class", "step"),
-    [(0.01, 100, None), (math.nan, 100, None), (0.0, 95, None), (2.0, 100, 0.1), (0.1, 80, 0.1)],
+    [(0.01, 100, None), (math.nan, 100, None), (0.0, 95, None), (0.9, 100, 0.1), (0.1, 97, 0.1)],
 )
 def test_a_difference_that_rounding_does_not_explain_is_refused(largest, same_class, step):
     fine = Difference(images=100, largest=1e-5, largest_logit=5.0, same_class=100)
