@@ -186,7 +186,7 @@ def recover(
 
 def main(args: argparse.Namespace) -> None:
     """Prune, recover, save; test is measured before, between and after, for the report alone."""
-    runtime.set_up(args.seed, args.threads)
+    runtime.set_up(args.seed, args.threads, parallel=True)
     check_training_outputs(args)
     ramp_epochs(args)
     weights = load_weights(args.weights, output_stride=args.output_stride)
