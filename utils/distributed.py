@@ -7,6 +7,7 @@ the main process (rank 0) prints and writes.
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -124,6 +125,8 @@ def parallelize(model: nn.Module) -> nn.Module:
             module.__class__ = SynchronizedBatchNorm2d
         elif type(module) is nn.Dropout:
             module.__class__ = SynchronizedDropout
+    # Of a 1x1 filter both layouts are the same bytes, only their strides are written differently.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(model)
 
 
