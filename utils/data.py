@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor
 
-from utils import image_folder, synthetic
+from utils import cifar10, image_folder, synthetic
 from utils.distributed import main_first
-from utils.errors import UserError, one_line
+from utils.errors import UserError
+from utils.image_folder import LabelledImages
 
 LARGE_TRAIN_SPLIT = 50_000
 VAL_SIZE_OF_LARGE = 5_000
@@ -94,7 +94,9 @@ def load_data(args: Namespace, image_size: int | None = None) -> ImageData:
     )
 
 
-def _load_source(dataset: str, data_dir: Path, image_size: int):
+def _load_source(
+    dataset: str, data_dir: Path, image_size: int
+) -> tuple[LabelledImages, LabelledImages, list[str]]:
     if dataset == "folder":
         return image_folder.load(data_dir, image_size)
     if image_size != DEFAULT_IMAGE_SIZE:
@@ -102,18 +104,18 @@ def _load_source(dataset: str, data_dir: Path, image_size: int):
             f"--image_size {image_size} goes with --dataset folder: "
             f"{dataset} has images of {DEFAULT_IMAGE_SIZE} pixels"
         )
-    load = _load_cifar10 if dataset == "cifar10" else synthetic.load
+    load = cifar10.load if dataset == "cifar10" else synthetic.load
     return load(data_dir)
 
 
 def measure_normalization(data: ImageData) -> Normalization:
     """Means and standard deviations of the training images."""
-    pixels = data.train.images.permute(1, 0, 2, 3).reshape(3, -1).numpy()
+    pixels = data.train.images.permute(1, 0, 2, 3).reshape(3, -1)
     # Exact and fast: 256 counts a channel tell all that a mean and a deviation need.
-    counts = np.stack([np.bincount(channel, minlength=256) for channel in pixels])
+    counts = np.stack([torch.bincount(channel, minlength=256).numpy() for channel in pixels])
     values = np.arange(256) / 255
     mean = (counts * values).sum(1) / counts.sum(1)
-    std = np.sqrt((counts * values**2).sum(1) / counts.sum(1) - mean**2)
+    std = np.sqrt((counts * (values - mean[:, None]) ** 2).sum(1) / counts.sum(1))
     # A channel of one colour has no deviation; 1/255 keeps the division finite.
     std = np.maximum(std, 1 / 255)
     return Normalization(tuple(mean.round(6).tolist()), tuple(std.round(6).tolist()))
@@ -132,16 +134,16 @@ def stratified_split(labels: Tensor, val_size: int) -> tuple[Tensor, Tensor]:
     Classes are rounded down, and the images still missing go to the largest remainders.
     """
     generator = torch.Generator().manual_seed(VAL_SPLIT_SEED)
-    class_sizes = torch.bincount(labels)
-    shares = class_sizes * (val_size / len(labels))
-    val_sizes = shares.floor().long()
+    shares = torch.bincount(labels) * val_size  # times len(labels), to stay exact
+    val_sizes = shares // len(labels)
     missing = val_size - int(val_sizes.sum())
-    val_sizes[torch.argsort(shares - val_sizes, descending=True, stable=True)[:missing]] += 1
+    val_sizes[torch.argsort(shares % len(labels), descending=True, stable=True)[:missing]] += 1
     val = []
     for label, size in enumerate(val_sizes.tolist()):
         members = torch.nonzero(labels == label).flatten()
         val.append(members[torch.randperm(len(members), generator=generator)[:size]])
-    val_indices = torch.cat(val).sort().values
+    # Mixed, so that the first few batches of val hold every class.
+    val_indices = torch.cat(val)[torch.randperm(val_size, generator=generator)]
     is_train = torch.ones(len(labels), dtype=torch.bool)
     is_train[val_indices] = False
     return torch.nonzero(is_train).flatten(), val_indices
@@ -150,18 +152,3 @@ def stratified_split(labels: Tensor, val_size: int) -> tuple[Tensor, Tensor]:
 def _as_split(images: Tensor, labels: Tensor) -> Split:
     """From (N, H, W, 3) as images lie on disk to (N, 3, H, W), without a copy."""
     return Split(images.permute(0, 3, 1, 2), labels)
-
-
-def _load_cifar10(data_dir: Path):
-    splits = []
-    for is_train in (True, False):
-        try:
-            dataset = torchvision.datasets.CIFAR10(data_dir, train=is_train, download=True)
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"CIFAR-10 is not in {data_dir} and could not be downloaded "
-                f"({one_line(error)[:120]}): connect to the network, or use --dataset folder "
-                "(your own images) or --dataset synthetic (drawn by the project)"
-            ) from error
-        splits.append((torch.from_numpy(dataset.data), torch.tensor(dataset.targets)))
-    return *splits, dataset.classes

@@ -2,22 +2,24 @@
 
 import hashlib
 import os
+import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from utils.errors import UserError, one_line
 from utils.files import save_torch
 
 SPLITS = ("train", "test")
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
+TEST_ORDER_SEED = 0
 
 LabelledImages = tuple[Tensor, Tensor]
 """Images (N, H, W, 3) uint8 and labels (N,) int64."""
@@ -30,9 +32,12 @@ def load(data_dir: Path, image_size: int) -> tuple[LabelledImages, LabelledImage
         UserError: a folder is missing or empty, `test` has a class that `train` lacks, or an
             image cannot be read.
     """
-    files, class_names = _list_images(data_dir)
+    try:
+        files, class_names = _list_images(data_dir)
+        signature = _signature(files, image_size)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend or remove it") from error
     cache = data_dir / f".images-{image_size}.cache"
-    signature = _signature(data_dir, files, image_size)
     splits = _read_cache(cache, signature)
     if splits is None:
         splits = {split: _decode(data_dir, files[split], class_names, image_size) for split in SPLITS}
@@ -74,20 +79,25 @@ def _list_images(data_dir: Path) -> tuple[dict[str, list[os.DirEntry]], list[str
             f"{data_dir / 'test' / unknown[0]} is a class that {data_dir / 'train'} lacks: "
             "rename or remove it"
         )
+    # Mixed, so that the first few batches of test hold every class.
+    random.Random(TEST_ORDER_SEED).shuffle(files["test"])
     return files, classes["train"]
 
 
-def _signature(data_dir: Path, files: dict[str, list[os.DirEntry]], image_size: int) -> str:
+def _signature(files: dict[str, list[os.DirEntry]], image_size: int) -> str:
     """Changes when a file is added, removed, renamed or written to."""
-    digest = hashlib.sha256(f"{CACHE_FORMAT} {image_size}".encode())
+    rows = [f"{CACHE_FORMAT} {image_size}"]
     for split in SPLITS:
         for entry in files[split]:
             status = entry.stat()
-            name = os.path.relpath(entry.path, data_dir)
-            digest.update(
-                f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape")
-            )
-    return digest.hexdigest()
+            # The change time tells of a file put in place with an old modification time.
+            times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+            rows.append(f"{split} {_class_name(entry)} {entry.name} {status.st_size} {times}")
+    return hashlib.sha256("\0".join(rows).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _class_name(file: os.DirEntry) -> str:
+    return file.path.split(os.sep)[-2]
 
 
 def _read_cache(cache: Path, signature: str) -> dict[str, LabelledImages] | None:
@@ -103,21 +113,18 @@ def _decode(
     data_dir: Path, files: list[os.DirEntry], class_names: list[str], image_size: int
 ) -> LabelledImages:
     label_of = {name: label for label, name in enumerate(class_names)}
-    images = torch.empty(len(files), image_size, image_size, 3, dtype=torch.uint8)
+    images = np.empty((len(files), image_size, image_size, 3), np.uint8)
 
     def decode(index: int) -> None:
         path = files[index].path
         try:
-            image = pil_loader(path)
-            if image.size != (image_size, image_size):
-                image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
-            images[index] = pil_to_tensor(image).permute(1, 2, 0)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(
-                f"image {path} cannot be read ({one_line(error)[:120]}): replace or remove it"
-            ) from error
+            images[index] = _read_rgb(path, image_size)
+        except Exception as error:  # decoders raise errors of every kind on damaged files
+            reason = one_line(error)[:120] or type(error).__name__
+            raise UserError(f"image {path} cannot be read ({reason}): replace or remove it") from error
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
         progress = tqdm(
             pool.map(decode, range(len(files))),
             total=len(files),
@@ -127,5 +134,22 @@ def _decode(
         )
         for _ in progress:
             pass
-    labels = torch.tensor([label_of[os.path.basename(os.path.dirname(f.path))] for f in files])
-    return images, labels
+    finally:
+        # After an unreadable image or Ctrl-C, thousands may still be waiting.
+        pool.shutdown(cancel_futures=True)
+    return torch.from_numpy(images), torch.tensor([label_of[_class_name(file)] for file in files])
+
+
+def _read_rgb(path: str, image_size: int) -> Image.Image:
+    with Image.open(path) as image:
+        if image.mode.startswith("I"):
+            # Pillow would clip 16-bit grays at 255.
+            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+        elif image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers of unknown range")
+        elif "transparency" in image.info:
+            image = image.convert("RGBA")
+        image = image.convert("RGB")
+    if image.size != (image_size, image_size):
+        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    return image
