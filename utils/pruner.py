@@ -72,7 +72,7 @@ class FineGrainedPruner:
     training run's checkpoint.
 
     Args:
-        model: its layers are pruned by `apply` and `step`, not yet by making the pruner.
+        model: of float32 weights, which are pruned by `apply` and `step`, not yet by making the pruner.
         keep_ratios: fraction of the weights that are kept, by layer; a layer that is not named is
             not touched.
         ramp: renews the masks while the model trains; without it they are final at once.
@@ -97,6 +97,7 @@ class FineGrainedPruner:
         self.ramp = ramp
         self.steps = 0
         self.masks = {name: torch.ones_like(layers[name].weight, dtype=torch.bool) for name in keep_ratios}
+        self._bits: dict[str, Tensor] = {}
         self._renew_masks()
 
     @classmethod
@@ -104,7 +105,7 @@ class FineGrainedPruner:
         """A pruner that keeps the zeros that a pruned model already has."""
         layers = prunable_layers(model)
         pruner = cls(model, {})
-        pruner.masks = {name: layer.weight.detach() != 0 for name, layer in layers.items()}
+        pruner._set_masks({name: layer.weight.detach() != 0 for name, layer in layers.items()})
         pruner.keep_ratios = {name: int(mask.sum()) / mask.numel() for name, mask in pruner.masks.items()}
         return pruner
 
@@ -112,9 +113,10 @@ class FineGrainedPruner:
     def apply(self, model: nn.Module | None = None) -> None:
         """Set the pruned weights of the model, or of another with layers of these names, to +0.0."""
         model = self.model if model is None else model
-        for name, mask in self.masks.items():
-            # Not a product with the mask: -1.0 * 0 is -0.0, and NaN * 0 is NaN.
-            model.get_submodule(name).weight.masked_fill_(~mask, 0.0)
+        for name, bits in self._bits.items():
+            # A product with the mask would leave -1.0 * 0 = -0.0 and NaN * 0 = NaN. Cleared bits are
+            # +0.0 whatever stood there, and much faster than masked_fill_.
+            model.get_submodule(name).weight.view(torch.int32).bitwise_and_(bits)
 
     def step(self) -> None:
         """Call after each optimizer step: renew the masks if the ramp says so, and apply them."""
@@ -148,15 +150,26 @@ class FineGrainedPruner:
             name: mask.shape for name, mask in self.masks.items()
         }:
             raise ValueError("the masks are those of another model")
-        self.steps, self.masks = state["steps"], dict(masks)
+        self.steps = state["steps"]
+        self._set_masks(masks)
 
     def _renew_masks(self) -> None:
+        masks = {}
         for name, mask in self.masks.items():
             keep_ratio = self.keep_ratios[name]
             if self.ramp is not None:
                 keep_ratio = self.ramp.keep_ratio(keep_ratio, self.steps)
             weight = self.model.get_submodule(name).weight
             try:
-                self.masks[name] = magnitude_mask(weight, keep_ratio, among=mask)
+                masks[name] = magnitude_mask(weight, keep_ratio, among=mask)
             except ValueError as error:
                 raise UserError(f"{name} cannot be pruned, {error}: was --lr too high?") from error
+        self._set_masks(masks)
+
+    def _set_masks(self, masks: dict[str, Tensor]) -> None:
+        self.masks = dict(masks)
+        for name, mask in masks.items():
+            weight = self.model.get_submodule(name).weight
+            # All bits of a kept weight, none of a pruned one; laid out in memory as the weight is.
+            bits = torch.zeros_like(weight, dtype=torch.int32)
+            self._bits[name] = bits.masked_fill_(mask, -1)
