@@ -143,6 +143,18 @@ def test_a_reader_that_goes_away_is_no_error_to_complain_about():
     assert process.wait(timeout=60) == 1
 
 
+def test_a_reader_that_goes_away_before_the_last_lines():
+    # So few lines that they are written only when the script ends.
+    process = run_python(
+        "from utils import errors; errors.run(lambda: print(input()))", stdin=subprocess.PIPE
+    )
+    process.stdout.close()
+    process.stdin.write("line\n")
+    process.stdin.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 1
+
+
 def test_sigterm_ends_a_script_as_ctrl_c_does(tmp_path):
     target = tmp_path / "file"
     code = (
