@@ -144,10 +144,10 @@ def test_a_reader_that_goes_away_is_no_error_to_complain_about():
 
 
 def test_a_reader_that_goes_away_before_the_last_lines():
-    # So few lines that they are written only when the script ends.
-    process = run_python(
-        "from utils import errors; errors.run(lambda: print(input()))", stdin=subprocess.PIPE
-    )
+    code = "from utils import errors; errors.run(lambda: print(input()))"
+    # Buffered, so few lines are written only when the script ends.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = run_python(code, stdin=subprocess.PIPE, env=environment)
     process.stdout.close()
     process.stdin.write("line\n")
     process.stdin.close()
