@@ -82,6 +82,30 @@ def tiny_weights(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_qmodel(tiny_folder, tmp_path_factory) -> Path:
+    """A narrow qmodel that has learned `tiny_folder`."""
+    from models import MobileNetV2, MobileNetV2Quantization
+    from utils.batches import Batches
+    from utils.data import load_data, measure_normalization
+    from utils.training import cross_entropy, train_one_epoch
+    from utils.weights import Weights, save_weights
+
+    data = load_data(Namespace(dataset="folder", data_dir=tiny_folder, image_size=None, val_size=None))
+    normalization = measure_normalization(data)
+    torch.manual_seed(0)
+    model = MobileNetV2(num_classes=3, width_mult=0.1, dropout=0.0, output_stride=32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 12 * 6)
+    for epoch in range(12):
+        batches = Batches(data.train, normalization, 27, shuffle=True, epoch=epoch)
+        train_one_epoch(model, batches, optimizer, cross_entropy(), [schedule.step])
+    path = tmp_path_factory.mktemp("qmodel") / "qmodel.pth"
+    qmodel = MobileNetV2Quantization.from_float(model)
+    save_weights(path, Weights(qmodel, "qmodel", TINY_CLASSES, normalization), Namespace())
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_scripted(run_script, tiny_folder, tiny_weights, tmp_path_factory) -> Path:
     """A folder with what post_training_quantization.py makes of `tiny_weights`, and record.json."""
     folder = tmp_path_factory.mktemp("scripted")

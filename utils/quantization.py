@@ -63,7 +63,7 @@ def calibrate(model: MobileNetV2Quantization, batches: Iterable[tuple[Tensor, Te
 
     Args:
         model: not fused; stays as it is.
-        batches: of training images, as the model sees them when it is used.
+        batches: of training images, as the model sees them when it is used; at least one.
     """
     observed = fold_batch_norms(model)
     with _quietly():
@@ -202,31 +202,24 @@ class ActivationObserver(eager.HistogramObserver):
     """
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point, each of shape (1,).
-
-        Raises:
-            ValueError: nothing was observed.
-        """
-        low, high = min(float(self.min_val), 0.0), max(float(self.max_val), 0.0)
-        if not low <= high < float("inf"):
-            raise ValueError("calibrate before converting")
-        width = (self.max_val - self.min_val) / self.bins
-        values = self.min_val + width * (torch.arange(self.bins) + 0.5)
-        seen = self.histogram > 0
-        values, weights = values[seen], self.histogram[seen]
-        lows = torch.tensor([low]) if low == 0 else low * SHRINKS
-        highs = torch.tensor([high]) if high == 0 else high * SHRINKS
-        best = None
-        for low in lows:
-            scales = (highs - low).clamp(min=SMALLEST_SCALE) / 255
-            zero_points = (-low / scales).round().clamp(0, 255)
-            codes = (values / scales[:, None] + zero_points[:, None]).round().clamp(0, 255)
-            errors = (((codes - zero_points[:, None]) * scales[:, None] - values).square() * weights).sum(1)
-            index = int(errors.argmin())
-            if best is None or errors[index] < best[0]:
-                best = errors[index], scales[index], zero_points[index]
-        _, scale, zero_point = best
-        return scale.view(1), zero_point.view(1).int()
+        """Scale and zero point, each of shape (1,)."""
+        if self.min_val > self.max_val:
+            # Nothing was seen: the addition of a block that has no shortcut.
+            return torch.ones(1), torch.zeros(1, dtype=torch.int)
+        bin_width = (self.max_val - self.min_val) / self.bins
+        values = self.min_val + bin_width * (torch.arange(self.bins) + 0.5)
+        values, counts = values[self.histogram > 0], self.histogram[self.histogram > 0]
+        highs = (self.max_val.clamp(min=0) * SHRINKS).unique()
+        candidates = []
+        for low in (self.min_val.clamp(max=0) * SHRINKS).unique():
+            scales = (highs - low).clamp(min=SMALLEST_SCALE)[:, None] / 255
+            zero_points = (-low / scales).round()
+            codes = (values / scales + zero_points).round().clamp(0, 255)
+            errors = (((codes - zero_points) * scales - values).square() * counts).sum(1)
+            best = errors.argmin()
+            candidates.append((errors[best].item(), scales[best], zero_points[best]))
+        _, scale, zero_point = min(candidates, key=lambda candidate: candidate[0])
+        return scale, zero_point.int()
 
 
 def _set_observers(model: nn.Module, activation, weight) -> None:

@@ -1,0 +1,463 @@
+import copy
+from argparse import Namespace
+
+import pytest
+import torch
+from torch import nn
+
+from models import MobileNetV2Quantization
+from utils.batches import Batches, normalize
+from utils.data import load_data
+from utils.errors import UserError
+from utils.evaluation import evaluate
+from utils.model_statistics import prunable_layers
+from utils.pruner import FineGrainedPruner
+from utils.quantization import (
+    LARGEST_PAIR,
+    ActivationObserver,
+    WeightObserver,
+    calibrate,
+    calibrate_qat,
+    convert_qat,
+    fold_batch_norms,
+    freeze_batch_norms,
+    freeze_ranges,
+    int8_parameters,
+    largest_pair,
+    post_training_quantize,
+    prepare_qat,
+    use_engine,
+)
+from utils.weights import load_weights
+
+ENGINES = [e for e in torch.backends.quantized.supported_engines if e != "none"]
+ENGINE = "fbgemm" if "fbgemm" in ENGINES else "qnnpack"
+
+
+@pytest.fixture(autouse=True)
+def engine():
+    use_engine(ENGINE)
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_qmodel):
+    return load_weights(tiny_qmodel, "qmodel")
+
+
+@pytest.fixture(scope="module")
+def data(tiny_folder):
+    return load_data(Namespace(dataset="folder", data_dir=tiny_folder, image_size=None, val_size=None))
+
+
+@pytest.fixture(scope="module")
+def batches(weights, data):
+    """For calibration and for a few steps of training."""
+    return Batches(data.train, weights.normalization, 27, shuffle=True)
+
+
+@pytest.fixture(scope="module")
+def test_images(weights, data):
+    return normalize(data.test.images, weights.normalization)
+
+
+@pytest.fixture(scope="module")
+def calibrated(weights, batches):
+    use_engine(ENGINE)
+    return calibrate(weights.model, batches)
+
+
+def logits_of(model, images):
+    with torch.no_grad():
+        return model(images)
+
+
+def signal_to_noise_db(expected, found) -> float:
+    return (10 * torch.log10(expected.square().mean() / (found - expected).square().mean())).item()
+
+
+def pruned(model: MobileNetV2Quantization, keep_ratio: float) -> MobileNetV2Quantization:
+    model = copy.deepcopy(model)
+    FineGrainedPruner(model, dict.fromkeys(prunable_layers(model), keep_ratio)).apply()
+    return model
+
+
+def zeros_of(model) -> dict[str, torch.Tensor]:
+    return {f"{name}.weight": layer.weight == 0 for name, layer in prunable_layers(model).items()}
+
+
+def few_steps(model, batches, optimizer, after_step=()) -> None:
+    model.train()
+    for images, labels in batches:
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for hook in after_step:
+            hook()
+
+
+# Engines
+
+
+def test_an_unknown_engine_is_refused_with_those_that_there_are():
+    with pytest.raises(UserError, match=f"engine 'tpu' is not supported here: use one of .*{ENGINE}"):
+        use_engine("tpu")
+    assert torch.backends.quantized.engine == ENGINE
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_supported_engine_becomes_the_current_one(name):
+    use_engine(name)
+    assert torch.backends.quantized.engine == name
+
+
+# Weights
+
+
+def test_the_largest_pair_is_of_neighbours_of_one_sign():
+    filters = torch.tensor([[1.0, 2.0, -4.0, 3.0], [5.0, -6.0, -1.0, -2.0], [-1.0, -2.0, -3.0, -4.0]])
+    assert largest_pair(filters).tolist() == [3 + 1.0, 6.0, 7.0]
+
+
+def test_neighbours_are_counted_with_the_input_channel_fastest():
+    weight = torch.zeros(1, 2, 1, 2)
+    weight[0, :, 0, 0] = torch.tensor([3.0, 4.0])
+    weight[0, :, 0, 1] = torch.tensor([5.0, -1.0])
+    assert largest_pair(weight).tolist() == [7.0]
+
+
+def test_an_odd_filter_has_a_last_weight_without_neighbour():
+    assert largest_pair(torch.tensor([[1.0, 1.0, 9.0]])).tolist() == [9.0]
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("shape", [(16, 1, 3, 3), (8, 3, 3, 3), (24, 40, 1, 1), (10, 33), (5, 1, 1, 1)])
+def test_no_two_neighbours_can_overflow_16_bits(shape, per_channel):
+    generator = torch.Generator().manual_seed(0)
+    smallest_largest = 128
+    for _ in range(20):
+        weight = torch.randn(shape, generator=generator).sign() * (
+            0.1 + torch.rand(shape, generator=generator) ** 3
+        )
+        observer = WeightObserver(per_channel)
+        observer(weight)
+        scale, zero_point = observer.calculate_qparams()
+        assert not zero_point.any()
+        assert len(scale) == (shape[0] if per_channel else 1)
+        codes = (weight / scale.view(-1, *[1] * (weight.dim() - 1))).round()
+        assert codes.abs().max() <= 127
+        sums = largest_pair(codes)
+        assert sums.max() <= LARGEST_PAIR
+        smallest_largest = min(smallest_largest, (sums if per_channel else sums.max()).min().item())
+    # The range is used up: a scale that is too careful would leave more.
+    assert smallest_largest >= 126
+    assert 255 * LARGEST_PAIR < 2**15
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(
+    ("in_channels", "out_channels", "kernel_size", "groups"),
+    [(128, 128, 3, 128), (96, 40, 1, 1), (3, 16, 3, 1)],
+    ids=["depthwise", "pointwise", "stem"],
+)
+def test_kernels_are_exact_on_the_largest_activations(name, in_channels, out_channels, kernel_size, groups):
+    use_engine(name)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.rand(out_channels, in_channels // groups, kernel_size, kernel_size, generator=generator)
+    weight[1::2] *= -1
+    observer = WeightObserver(per_channel=True)
+    observer(weight)
+    scale, zero_point = observer.calculate_qparams()
+    packed = torch.quantize_per_channel(weight, scale, zero_point, 0, torch.qint8)
+    images = torch.full((1, in_channels, 4, 4), 255.0)
+    exact = nn.functional.conv2d(
+        images.double(), packed.int_repr().double(), padding=kernel_size // 2, groups=groups
+    ) * scale.double().view(1, -1, 1, 1)
+    step = exact.abs().max().item() / 120
+    layer = torch.ops.quantized.conv2d_prepack(packed, None, [1, 1], [kernel_size // 2] * 2, [1, 1], groups)
+    quantized = torch.quantize_per_tensor(images, 1.0, 0, torch.quint8)
+    found = torch.ops.quantized.conv2d(quantized, layer, step, 128).int_repr().double() - 128
+    assert (found - (exact / step)).abs().max() <= 0.51
+
+
+# Ranges of activations
+
+
+def observe(values) -> tuple[float, int]:
+    observer = ActivationObserver()
+    observer(values)
+    scale, zero_point = observer.calculate_qparams()
+    return scale.item(), zero_point.item()
+
+
+def squared_error(values, scale, zero_point) -> float:
+    found = torch.fake_quantize_per_tensor_affine(values, scale, zero_point, 0, 255)
+    return (found - values).square().sum().item()
+
+
+def test_even_values_keep_their_range():
+    scale, zero_point = observe(torch.linspace(0, 6, 10_001))
+    assert (scale, zero_point) == (pytest.approx(6 / 255, rel=1e-3), 0)
+
+
+def test_few_outliers_are_clipped_since_that_costs_less():
+    values = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    values[0] = 40.0
+    scale, zero_point = observe(values)
+    widest = (40 - values.min().item()) / 255
+    assert scale < 0.9 * widest
+    widest_zero_point = round(-values.min().item() / widest)
+    assert squared_error(values, scale, zero_point) < squared_error(values, widest, widest_zero_point)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-3.0, 1.0), (2.0, 5.0), (-5.0, -2.0), (0.0, 0.0)])
+def test_zero_is_among_the_values(low, high):
+    scale, zero_point = observe(torch.linspace(low, high, 1000))
+    assert scale > 0
+    assert 0 <= zero_point <= 255
+    if low >= 0:
+        assert zero_point == 0
+
+
+# After training
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_int8_answers_as_float_does(weights, calibrated, data, test_images, name):
+    """Margins: 3 points of accuracy; logits within a tenth of their size."""
+    use_engine(name)
+    expected = logits_of(weights.model, test_images)
+    float_accuracy_pct = 100 * (expected.argmax(1) == data.test.labels).double().mean().item()
+    assert float_accuracy_pct > 90
+    for per_channel in (False, True):
+        model = post_training_quantize(calibrated, per_channel)
+        found = logits_of(model, test_images)
+        assert signal_to_noise_db(expected, found) > 15
+        accuracy_pct = evaluate(model, Batches(data.test, weights.normalization, batch_size=32)).accuracy_pct
+        assert abs(accuracy_pct - float_accuracy_pct) <= 3
+
+
+def test_engines_answer_alike(calibrated, test_images):
+    answers = []
+    for name in ENGINES:
+        use_engine(name)
+        answers.append(logits_of(post_training_quantize(calibrated, per_channel=True), test_images))
+    for other in answers[1:]:
+        assert signal_to_noise_db(answers[0], other) > 30
+
+
+def test_per_channel_is_closer_to_float_than_per_tensor(weights, batches, test_images):
+    # Channels of very different sizes are what one scale for all does badly.
+    model = copy.deepcopy(weights.model)
+    depthwise = model.features[2].conv[1]
+    with torch.no_grad():
+        depthwise[1].weight[::2] *= 0.02
+    expected = logits_of(model, test_images)
+    calibrated = calibrate(model, batches)
+    per_channel, per_tensor = (
+        signal_to_noise_db(expected, logits_of(post_training_quantize(calibrated, kind), test_images))
+        for kind in (True, False)
+    )
+    assert per_channel > per_tensor
+
+
+def test_calibration_leaves_the_model_and_its_batch_norms_alone(weights, batches):
+    before = {name: value.clone() for name, value in weights.model.state_dict().items()}
+    calibrate(weights.model, batches)
+    after = weights.model.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+def test_both_kinds_come_from_one_calibration(calibrated, test_images):
+    first = logits_of(post_training_quantize(calibrated, per_channel=True), test_images)
+    post_training_quantize(calibrated, per_channel=False)
+    again = logits_of(post_training_quantize(calibrated, per_channel=True), test_images)
+    assert torch.equal(first, again)
+
+
+def test_relu6_is_where_the_convolution_saturates(weights, batches):
+    model = copy.deepcopy(weights.model)
+    with torch.no_grad():
+        model.features[0][1].weight.mul_(20)  # far beyond 6
+    folded = fold_batch_norms(model)
+    int8 = post_training_quantize(calibrate(model, batches), per_channel=True)
+    images, _ = next(iter(batches))
+    before_clamp = logits_of(folded.features[0][0], images)
+    assert before_clamp.max() > 20
+    assert before_clamp.min() < -20
+    found = logits_of(int8.features[0], int8.quant(images)).dequantize()
+    assert found.min() == 0
+    assert 5.9 < found.max() <= 6 + 1e-5
+    assert not any(type(m).__name__.endswith("ReLU6") for m in int8.modules())
+    # And what lies between is as it was.
+    expected = before_clamp.clamp(0, 6)
+    assert (found - expected).abs().mean() < 0.05
+
+
+def test_ranges_of_activations_lie_within_relu6s(calibrated):
+    int8 = post_training_quantize(calibrated, per_channel=True)
+    activated = [
+        name
+        for name, s in calibrated.named_modules()
+        if isinstance(s, nn.Sequential) and isinstance(s[-1], nn.ReLU6)
+    ]
+    assert len(activated) == 35
+    for name in activated:
+        layer = int8.get_submodule(f"{name}.0")
+        assert layer.zero_point == 0
+        assert 0 < 255 * layer.scale <= 6 + 1e-5
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_int8_parameters_are_those_of_the_folded_model(weights, calibrated, per_channel):
+    found = int8_parameters(post_training_quantize(calibrated, per_channel))
+    expected = dict(fold_batch_norms(weights.model).named_parameters())
+    assert {name: value.shape for name, value in found.items()} == {
+        name: value.shape for name, value in expected.items()
+    }
+    for name, value in found.items():
+        assert value.dtype == (torch.int8 if name.endswith("weight") else torch.float32)
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("keep_ratio", [0.27, 0.0])
+def test_pruned_weights_are_zero_in_int8(weights, batches, test_images, keep_ratio, per_channel):
+    model = pruned(weights.model, keep_ratio)
+    int8 = post_training_quantize(calibrate(model, batches), per_channel)
+    parameters = int8_parameters(int8)
+    for name, zeros in zeros_of(model).items():
+        assert not parameters[name][zeros].any(), name
+        if per_channel and keep_ratio:
+            # Few others are rounded to it.
+            assert (parameters[name] != 0).sum() > 0.9 * (~zeros).sum(), name
+    found = logits_of(int8, test_images)
+    assert found.isfinite().all()
+    if not keep_ratio:  # biases alone are left
+        expected = logits_of(model, test_images)
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+
+
+def test_biases_are_whole_accumulator_steps(calibrated):
+    int8 = post_training_quantize(calibrated, per_channel=True)
+    stem, head = int8.features[0][0], int8.classifier[1]
+    for layer, input_scale in ((stem, int8.quant.scale.item()), (head, int8.features[-1][0].scale)):
+        steps = layer.bias().double() / (layer.weight().q_per_channel_scales() * input_scale)
+        assert steps.abs().max() > 100
+        assert (steps - steps.round()).abs().max() < 1e-6 * steps.abs().max()
+
+
+# While training
+
+
+@pytest.fixture(scope="module")
+def trained(weights, batches):
+    """A model after a few steps with the rounding of int8."""
+    use_engine(ENGINE)
+    model = prepare_qat(weights.model)
+    calibrate_qat(model, batches)
+    torch.manual_seed(0)
+    few_steps(model, batches, torch.optim.SGD(model.parameters(), lr=1e-3))
+    return model
+
+
+def test_before_training_the_int8_model_answers_as_float_does(weights, batches, test_images):
+    model = prepare_qat(weights.model)
+    calibrate_qat(model, batches)
+    expected = logits_of(weights.model, test_images)
+    assert signal_to_noise_db(expected, logits_of(convert_qat(model), test_images)) > 15
+
+
+def test_training_sees_what_the_int8_model_answers(trained, test_images):
+    imitation = copy.deepcopy(trained).eval()
+    freeze_ranges(imitation)
+    found = logits_of(convert_qat(trained), test_images)
+    assert signal_to_noise_db(logits_of(imitation, test_images), found) > 20
+
+
+def test_converting_leaves_the_model_as_it_was(trained):
+    before = copy.deepcopy(trained.state_dict())
+    convert_qat(trained)
+    assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
+    assert trained.training
+
+
+def test_a_state_comes_back_into_a_new_model(weights, trained, test_images, tmp_path):
+    torch.save(trained.state_dict(), tmp_path / "state.pth")
+    restored = prepare_qat(weights.model)
+    restored.load_state_dict(torch.load(tmp_path / "state.pth", weights_only=True))
+    expected = logits_of(convert_qat(trained), test_images)
+    assert torch.equal(logits_of(convert_qat(restored), test_images), expected)
+
+
+def test_gradients_reach_every_parameter(trained, batches):
+    model = copy.deepcopy(trained)
+    images, labels = next(iter(batches))
+    nn.functional.cross_entropy(model(images), labels).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    assert sum(p.grad.abs().sum() > 0 for p in model.parameters()) > 150
+
+
+def ranges_of(model) -> list[torch.Tensor]:
+    return [
+        m.scale.clone()
+        for n, m in model.named_modules()
+        if n.endswith("activation_post_process") and hasattr(m, "scale") and "weight_fake_quant" not in n
+    ]
+
+
+def test_frozen_ranges_stay_and_weight_scales_follow(trained, batches):
+    model = copy.deepcopy(trained)
+    ranges = ranges_of(model)
+    assert len(ranges) > 60
+    freeze_ranges(model)
+    with torch.no_grad():
+        model.features[0][0].weight.mul_(2)
+        model.features[0][0].bn.running_var.mul_(1.5)
+    weight_scale = model.features[0][0].weight_fake_quant.scale.clone()
+    few_steps(model, batches, torch.optim.SGD(model.parameters(), lr=1e-3))
+    assert all(map(torch.equal, ranges, ranges_of(model)))
+    assert not torch.equal(weight_scale, model.features[0][0].weight_fake_quant.scale)
+
+
+def test_ranges_move_until_they_are_frozen(trained, batches):
+    model = copy.deepcopy(trained)
+    ranges = ranges_of(model)
+    few_steps(model, batches, torch.optim.SGD(model.parameters(), lr=1e-3))
+    assert sum(not torch.equal(a, b) for a, b in zip(ranges, ranges_of(model), strict=True)) > 50
+
+
+def test_frozen_batch_norms_stay_even_in_train_mode(trained, batches):
+    model = copy.deepcopy(trained)
+    freeze_batch_norms(model)
+    statistics = {n: b.clone() for n, b in model.named_buffers() if "running" in n}
+    assert len(statistics) == 104
+    few_steps(model, batches, torch.optim.SGD(model.parameters(), lr=1e-3))
+    assert all(torch.equal(model.get_buffer(name), value) for name, value in statistics.items())
+
+
+@pytest.mark.parametrize("optimizer", [
+    lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-2),
+    lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=1e-2),
+], ids=["sgd", "adamw"])  # fmt: skip
+def test_pruned_weights_are_zero_after_training_and_in_int8(weights, batches, optimizer):
+    float_model = pruned(weights.model, 0.3)
+    zeros = zeros_of(float_model)
+    model = prepare_qat(float_model)
+    calibrate_qat(model, batches)
+    pruner = FineGrainedPruner.from_zeros(model)
+    for _ in range(2):
+        few_steps(model, batches, optimizer(model.parameters()), [pruner.apply])
+    moved = 0
+    for name, layer in prunable_layers(model).items():
+        assert torch.equal(layer.weight == 0, zeros[f"{name}.weight"]), name
+        moved += (layer.weight != prunable_layers(float_model)[name].weight).sum().item()
+    assert moved > 1000
+    for name, weight in int8_parameters(convert_qat(model)).items():
+        if name.endswith("weight"):
+            assert not weight[zeros[name]].any(), name
+
+
+def test_the_prunable_layers_keep_their_names(weights, trained):
+    assert list(prunable_layers(trained)) == list(prunable_layers(weights.model))
