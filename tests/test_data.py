@@ -1,0 +1,647 @@
+import hashlib
+import http.server
+import io
+import os
+import pickle
+import signal
+import socket
+import tarfile
+import threading
+import time
+from argparse import Namespace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import CIFAR10, ImageFolder
+
+from tests.conftest import write_image
+from utils import cifar10, image_folder
+from utils.data import ImageData, Split, default_val_size, load_data, measure_normalization, stratified_split
+from utils.errors import UserError
+
+
+def arguments(dataset, data_dir="data", image_size=None, val_size=None):
+    return Namespace(dataset=dataset, data_dir=str(data_dir), image_size=image_size, val_size=val_size)
+
+
+def plain(color, side=8):
+    return np.full((side, side, 3), color, np.uint8)
+
+
+# What is held out as val.
+
+
+@pytest.mark.parametrize(
+    ("train_size", "val_size"), [(50_000, 5000), (1_000_000, 5000), (49_990, 4999), (6000, 600), (180, 18)]
+)
+def test_default_val_size(train_size, val_size):
+    assert default_val_size(train_size) == val_size
+
+
+@pytest.mark.parametrize(
+    ("class_sizes", "val_size", "expected"),
+    [
+        ((50, 30, 20), 10, [5, 3, 2]),
+        ((7, 7, 6), 10, [4, 3, 3]),
+        ((7, 7, 6), 0, [0, 0, 0]),
+        ((1, 99), 10, [0, 10]),
+        ((5000,) * 10, 5000, [500] * 10),
+        ((3,) * 7, 20, [3] * 6 + [2]),
+    ],
+)
+def test_val_is_stratified_and_apart_from_train(class_sizes, val_size, expected):
+    labels = torch.repeat_interleave(torch.arange(len(class_sizes)), torch.tensor(class_sizes))
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    train, val = stratified_split(labels, val_size)
+    assert torch.bincount(labels[val], minlength=len(class_sizes)).tolist() == expected
+    assert torch.cat([train, val]).sort().values.tolist() == list(range(len(labels)))
+
+
+def test_val_is_the_same_each_time_whatever_the_seed():
+    labels = torch.arange(50_000) % 10
+    torch.manual_seed(1)
+    train, val = stratified_split(labels, 5000)
+    torch.manual_seed(2)
+    again_train, again_val = stratified_split(labels, 5000)
+    assert torch.equal(train, again_train)
+    assert torch.equal(val, again_val)
+    # Were other images held out one day, weights trained before would have seen them.
+    digest = hashlib.sha256(val.sort().values.numpy().astype("<i8").tobytes()).hexdigest()
+    assert digest == "97e94a0a3f0e37c29213e0070ad1709d713aa05d31e8e11aba743ec825e9ac68"
+
+
+def test_the_first_batches_of_val_hold_every_class():
+    labels = torch.arange(10).repeat_interleave(600)
+    _, val = stratified_split(labels, 600)
+    assert labels[val[:100]].unique().tolist() == list(range(10))
+
+
+def test_load_data_splits_and_says_what_is_empty(tiny_folder):
+    data = load_data(arguments("folder", tiny_folder))
+    assert [len(data.train), len(data.val), len(data.test)] == [162, 18, 90]
+    assert torch.bincount(data.val.labels).tolist() == [6, 6, 6]
+    assert data.class_names == ("blue", "green", "red")
+    for name in ("train", "val", "test"):
+        split = data.split(name)
+        assert split.images.shape[1:] == (3, 32, 32)
+        assert split.images.dtype == torch.uint8
+        assert split.images.is_contiguous(memory_format=torch.channels_last)
+        assert split.labels.dtype == torch.int64
+    assert len(load_data(arguments("folder", tiny_folder, val_size=60)).train) == 120
+    with pytest.raises(UserError, match="the val split holds no images: give a larger --val_size"):
+        load_data(arguments("folder", tiny_folder, val_size=0)).split("val")
+    with pytest.raises(UserError, match="--val_size 180 leaves nothing of 180 training images"):
+        load_data(arguments("folder", tiny_folder, val_size=180))
+
+
+def test_no_image_is_in_two_splits(tiny_folder):
+    data = load_data(arguments("folder", tiny_folder))
+    images = [
+        image.numpy().tobytes() for split in (data.train, data.val, data.test) for image in split.images
+    ]
+    assert len(set(images)) == len(images) == 270
+
+
+def test_the_size_of_images_is_the_flag_then_the_models_then_32(tiny_folder):
+    def side(flag, model):
+        data = load_data(arguments("folder", tiny_folder, image_size=flag), image_size=model)
+        return data.test.images.shape[-1]
+
+    assert [side(None, None), side(None, 24), side(16, 24)] == [32, 24, 16]
+    with pytest.raises(UserError, match="--image_size 24 goes with --dataset folder: synthetic has images"):
+        load_data(arguments("synthetic"), image_size=24)
+
+
+# Normalization.
+
+
+def data_of(images):
+    split = Split(torch.from_numpy(images).permute(0, 3, 1, 2), torch.zeros(len(images), dtype=torch.long))
+    return ImageData(split, split, split, ("one",))
+
+
+def test_normalization_equals_means_and_deviations_of_the_training_images():
+    random = np.random.default_rng(0)
+    images = random.integers(0, (256, 100, 30), (40, 9, 9, 3)).astype(np.uint8)
+    measured = measure_normalization(data_of(images))
+    np.testing.assert_allclose(measured.mean, (images / 255).mean((0, 1, 2)), atol=6e-7)
+    np.testing.assert_allclose(measured.std, (images / 255).std((0, 1, 2)), atol=6e-7)
+
+
+@pytest.mark.parametrize("value", [0, 1, 77, 128, 255])
+def test_a_channel_of_one_colour_stays_finite(value):
+    measured = measure_normalization(data_of(np.full((3, 5, 5, 3), value, np.uint8)))
+    np.testing.assert_allclose(measured.mean, [value / 255] * 3, atol=6e-7)
+    np.testing.assert_allclose(measured.std, [1 / 255] * 3, atol=6e-7)
+
+
+# Folders of images.
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of two plain images each, in both splits."""
+    for split, shade in (("train", 0), ("test", 100)):
+        for label, name in enumerate(("cat", "dog")):
+            for index in range(2):
+                color = (shade + 10 * label + index, 50, 60)
+                write_image(tmp_path / split / name / f"{index}.png", plain(color))
+    return tmp_path
+
+
+def reds(images):
+    """The red of each plain image."""
+    return images[:, 0, 0, 0].tolist()
+
+
+def test_images_and_labels_equal_torchvisions(tiny_folder):
+    (images, labels), (test, test_labels), names = image_folder.load(tiny_folder, 32)
+    reference = ImageFolder(tiny_folder / "train")
+    assert names == reference.classes
+    assert labels.tolist() == reference.targets
+    expected = np.stack([np.asarray(image) for image, _ in reference])
+    np.testing.assert_array_equal(images.numpy(), expected)
+
+    def as_set(pixels, targets):
+        return {
+            (np.asarray(image).tobytes(), int(label)) for image, label in zip(pixels, targets, strict=True)
+        }
+
+    reference = ImageFolder(tiny_folder / "test")
+    assert as_set(test.numpy(), test_labels) == as_set([i for i, _ in reference], reference.targets)
+
+
+def test_the_first_batches_of_test_hold_every_class(tiny_folder):
+    _, (_, labels), _ = image_folder.load(tiny_folder, 32)
+    assert labels[:20].unique().tolist() == [0, 1, 2]
+
+
+def test_images_of_any_size_are_resized_to_squares(folder):
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 90, 3)).astype(np.uint8)
+    write_image(folder / "train" / "cat" / "0.png", pixels)
+    (images, _), _, _ = image_folder.load(folder, 20)
+    assert images.shape == (4, 20, 20, 3)
+    expected = Image.fromarray(pixels).resize((20, 20), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(images[0].numpy(), np.asarray(expected))
+
+
+def sixteen_bits(color):
+    return Image.fromarray(np.full((8, 8), color[0] * 256 + 255, np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("gray.png", lambda color: Image.new("L", (8, 8), color[0])),
+        ("gray_alpha.png", lambda color: Image.new("LA", (8, 8), (color[0], 128))),
+        ("gray_16_bits.png", sixteen_bits),
+        ("gray_16_bits.tif", sixteen_bits),
+        ("alpha.png", lambda color: Image.new("RGBA", (8, 8), (*color, 128))),
+        ("palette.png", lambda color: Image.new("RGB", (8, 8), color).quantize(4)),
+        ("cmyk.tif", lambda color: Image.new("CMYK", (8, 8), (165, 165, 165, 0))),
+        ("bits.png", lambda color: Image.new("1", (8, 8), 1)),
+        ("rgb.bmp", lambda color: Image.new("RGB", (8, 8), color)),
+        ("RGB.PNG", lambda color: Image.new("RGB", (8, 8), color)),
+    ],
+)
+def test_every_mode_becomes_rgb(folder, name, make):
+    color = (255, 255, 255) if name == "bits.png" else (90, 90, 90)
+    make(color).save(folder / "train" / "cat" / name)
+    (folder / "train" / "cat" / "0.png").unlink()
+    (folder / "train" / "cat" / "1.png").unlink()
+    (images, labels), _, _ = image_folder.load(folder, 8)
+    assert labels.tolist() == [0, 1, 1]
+    assert (images[0] == torch.tensor(color)).all()
+
+
+def test_a_palette_with_transparency_is_read_without_a_warning(folder, recwarn):
+    image = Image.new("RGB", (8, 8), (90, 80, 70)).quantize(4)
+    image.save(folder / "train" / "cat" / "0.png", transparency=bytes([128] * 4))
+    (images, _), _, _ = image_folder.load(folder, 8)
+    assert images[0, 0, 0].tolist() == [90, 80, 70]
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("count", [1, 13])
+def test_any_number_of_classes(tmp_path, count):
+    names = [f"class {index:02d}" for index in range(count)]
+    for index, name in enumerate(reversed(names)):
+        for split in ("train", "test"):
+            write_image(tmp_path / split / name / "image.png", plain(count - 1 - index))
+    (images, labels), (test, test_labels), found = image_folder.load(tmp_path, 8)
+    assert found == names
+    assert labels.tolist() == list(range(count)) == reds(images)
+    assert test_labels.tolist() == reds(test)
+
+
+def test_hidden_and_other_files_are_passed_over(folder):
+    for path in ("train/.DS_Store", "train/cat/.0.png", "train/cat/notes.txt", "train/.hidden/0.png"):
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text("no image")
+    (images, _), _, names = image_folder.load(folder, 8)
+    assert names == ["cat", "dog"]
+    assert reds(images) == [0, 1, 10, 11]
+
+
+def test_a_class_may_be_missing_from_test(folder):
+    for path in (folder / "test" / "cat").iterdir():
+        path.unlink()
+    (folder / "test" / "cat").rmdir()
+    _, (_, labels), names = image_folder.load(folder, 8)
+    assert names == ["cat", "dog"]
+    assert labels.tolist() == [1, 1]
+
+
+# The cache.
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The paths of the images that were decoded, as they are."""
+    paths = []
+    read = image_folder._read_rgb
+
+    def counted(path, image_size):
+        paths.append(path)
+        return read(path, image_size)
+
+    monkeypatch.setattr(image_folder, "_read_rgb", counted)
+    return paths
+
+
+def test_the_second_reading_decodes_nothing_and_is_equal(folder, decoded):
+    first = image_folder.load(folder, 8)
+    assert len(decoded) == 8
+    second = image_folder.load(folder, 8)
+    assert len(decoded) == 8
+    for (images, labels), (again, labels_again) in zip(first[:2], second[:2], strict=True):
+        assert torch.equal(images, again)
+        assert torch.equal(labels, labels_again)
+    assert first[2] == second[2]
+    image_folder.load(folder, 9)
+    assert len(decoded) == 16
+    image_folder.load(folder, 8)
+    assert len(decoded) == 16
+
+
+def added(folder):
+    write_image(folder / "train/cat/2.png", plain(7))
+
+
+def removed(folder):
+    (folder / "train/cat/0.png").unlink()
+
+
+def renamed(folder):
+    (folder / "train/cat/0.png").rename(folder / "train/cat/9.png")
+
+
+def moved(folder):
+    (folder / "train/cat/0.png").rename(folder / "train/dog/9.png")
+
+
+def written_to(folder):
+    write_image(folder / "train/cat/0.png", plain((7, 50, 60)))
+
+
+def replaced_keeping_size_and_time(folder):
+    path = folder / "train/cat/0.png"
+    status = path.stat()
+    write_image(path, plain((7, 50, 60)))
+    path.write_bytes(path.read_bytes().ljust(status.st_size, b"\0"))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
+    assert path.stat().st_mtime_ns == status.st_mtime_ns
+
+
+def a_class_renamed(folder):
+    (folder / "train/dog").rename(folder / "train/ant")
+    (folder / "test/dog").rename(folder / "test/ant")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected", "labels"),
+    [
+        (added, [0, 1, 7, 10, 11], [0, 0, 0, 1, 1]),
+        (removed, [1, 10, 11], [0, 1, 1]),
+        (renamed, [1, 0, 10, 11], [0, 0, 1, 1]),
+        (moved, [1, 10, 11, 0], [0, 1, 1, 1]),
+        (written_to, [7, 1, 10, 11], [0, 0, 1, 1]),
+        (replaced_keeping_size_and_time, [7, 1, 10, 11], [0, 0, 1, 1]),
+        (a_class_renamed, [10, 11, 0, 1], [0, 0, 1, 1]),
+    ],
+)
+def test_the_cache_notices_files_that_were(folder, change, expected, labels):
+    image_folder.load(folder, 8)
+    time.sleep(0.02)  # the clock of a file system may tick every few milliseconds only
+    change(folder)
+    (images, found), _, _ = image_folder.load(folder, 8)
+    assert reds(images) == expected
+    assert found.tolist() == labels
+
+
+def cache_of(folder):
+    (cache,) = folder.glob(".*.cache")
+    return cache
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
+def test_a_truncated_cache_is_made_again(folder, decoded, keep):
+    image_folder.load(folder, 8)
+    content = cache_of(folder).read_bytes()
+    cache_of(folder).write_bytes(content[: int(keep if keep >= 1 else keep * len(content))])
+    (images, _), _, _ = image_folder.load(folder, 8)
+    assert reds(images) == [0, 1, 10, 11]
+    assert len(decoded) == 16
+    image_folder.load(folder, 8)
+    assert len(decoded) == 16
+
+
+def test_a_cache_of_something_else_is_made_again(folder):
+    torch.save({"weights": 1}, folder / ".images-8.cache")
+    (images, _), _, _ = image_folder.load(folder, 8)
+    assert reds(images) == [0, 1, 10, 11]
+    assert set(torch.load(cache_of(folder))) == {"signature", "splits"}
+
+
+def test_a_folder_that_takes_no_cache_is_read_with_one_note(folder, capsys):
+    (folder / ".images-8.cache").mkdir()
+    for _ in range(2):
+        (images, _), _, _ = image_folder.load(folder, 8)
+        assert reds(images) == [0, 1, 10, 11]
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith("note: the decoded images are not cached:")
+    assert sorted(path.name for path in folder.iterdir()) == [".images-8.cache", "test", "train"]
+
+
+# Bad folders, as a user meets them.
+
+
+def no_folder(folder):
+    folder.rename(folder.with_name("elsewhere"))
+    return f"{folder / 'train'} is no folder"
+
+
+def no_test(folder):
+    (folder / "test").rename(folder / "elsewhere")
+    return f"{folder / 'test'} is no folder"
+
+
+def no_classes(folder):
+    for path in sorted((folder / "train").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    write_image(folder / "train" / "0.png", plain(1))
+    return f"{folder / 'train'} holds no images: it wants one folder a class"
+
+
+def no_images(folder):
+    (folder / "test" / "bird").mkdir()
+    (folder / "test" / "bird" / "notes.txt").write_text("later")
+    return f"{folder / 'test' / 'bird'} holds no images"
+
+
+def an_unknown_class(folder):
+    write_image(folder / "test" / "bird" / "0.png", plain(1))
+    return f"{folder / 'test' / 'bird'} is a class that {folder / 'train'} lacks"
+
+
+def unreadable(content):
+    def damage(folder):
+        path = folder / "train" / "dog" / "1.png"
+        path.write_bytes(content(path.read_bytes()))
+        return f"image {path} cannot be read"
+
+    return damage
+
+
+def a_folder_named_as_an_image(folder):
+    (folder / "test" / "dog" / "2.png").mkdir()
+    return f"image {folder / 'test' / 'dog' / '2.png'} cannot be read"
+
+
+def a_broken_link(folder):
+    (folder / "test" / "dog" / "2.png").symlink_to(folder / "nowhere.png")
+    return f"{folder / 'test' / 'dog' / '2.png'} cannot be read (No such file or directory)"
+
+
+def floating_point(folder):
+    path = folder / "test" / "dog" / "2.tif"
+    Image.fromarray(np.ones((8, 8), np.float32)).save(path)
+    return f"image {path} cannot be read (its pixels are floating-point numbers"
+
+
+BAD_FOLDERS = {
+    "missing": no_folder,
+    "no test": no_test,
+    "no classes": no_classes,
+    "a class without images": no_images,
+    "a class that train lacks": an_unknown_class,
+    "an empty image": unreadable(lambda content: b""),
+    "an image of garbage": unreadable(lambda content: b"garbage" * 100),
+    "a truncated image": unreadable(lambda content: content[:-30]),
+    "a folder as an image": a_folder_named_as_an_image,
+    "a broken link": a_broken_link,
+    "floating-point pixels": floating_point,
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FOLDERS)
+def test_a_bad_folder_is_one_line_and_leaves_no_cache(folder, tiny_weights, run_script, kind):
+    message = BAD_FOLDERS[kind](folder)
+    done = run_script(
+        *("evaluate.py", "--weights", tiny_weights, "--dataset", "folder", "--data_dir", folder), expect=2
+    )
+    assert done.stderr.startswith(f"error: {message}")
+    assert not list(folder.glob(".*"))
+
+
+# Decoding thousands of images ends at once when it must.
+
+MANY = 1500
+
+
+@pytest.fixture
+def slow_folder(folder, monkeypatch):
+    """A folder of MANY images and the list of those decoded so far, each taking 10 ms."""
+    source = folder / "train" / "cat" / "0.png"
+    for index in range(MANY):
+        os.link(source, folder / "train" / "cat" / f"many {index:05d}.png")
+    paths = []
+    read = image_folder._read_rgb
+
+    def slow(path, image_size):
+        paths.append(path)
+        time.sleep(0.01)
+        return read(path, image_size)
+
+    monkeypatch.setattr(image_folder, "_read_rgb", slow)
+    return folder, paths
+
+
+def test_an_unreadable_image_ends_the_decoding_at_once(slow_folder):
+    folder, paths = slow_folder
+    (folder / "train" / "cat" / "0.png").unlink()
+    (folder / "train" / "cat" / "0.png").write_text("no image")
+    with pytest.raises(UserError, match=r"cat/0\.png cannot be read"):
+        image_folder.load(folder, 8)
+    assert len(paths) < MANY / 2
+
+
+def test_ctrl_c_ends_the_decoding_at_once(slow_folder):
+    folder, paths = slow_folder
+
+    def press_when_under_way():
+        while len(paths) < 10:
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    presser = threading.Thread(target=press_when_under_way)
+    presser.start()
+    with pytest.raises(KeyboardInterrupt):
+        image_folder.load(folder, 8)
+    presser.join()
+    assert len(paths) < MANY / 2
+    assert not list(folder.glob(".*"))
+
+
+# CIFAR-10, with a small stand-in for its server and files.
+
+NAMES = [f"class {index}" for index in range(10)]
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory):
+    """Archive of 5 x 20 training and 10 test images in CIFAR-10's form, and the images themselves."""
+    random = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("stand-in")
+    files, images, labels = {}, [], []
+    for name in [f"data_batch_{index}" for index in range(1, 6)] + ["test_batch"]:
+        count = 10 if name == "test_batch" else 20
+        images.append(random.integers(0, 256, (count, 32, 32, 3)).astype(np.uint8))
+        labels.append(np.arange(count) % 10)
+        planes = images[-1].transpose(0, 3, 1, 2).reshape(count, -1)
+        files[name] = pickle.dumps({"data": planes, "labels": labels[-1].tolist()})
+    files["batches.meta"] = pickle.dumps({"label_names": NAMES})
+    with tarfile.open(folder / "cifar.tar.gz", "w:gz") as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(f"{CIFAR10.base_folder}/{name}")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    md5 = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
+    return folder, md5, images, labels
+
+
+@pytest.fixture
+def server(stand_in, monkeypatch):
+    """The address of the stand-in's server; torchvision is told its checksums."""
+    folder, md5, _, _ = stand_in
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(CIFAR10, "train_list", [[n, m] for n, m in md5.items() if n.startswith("data")])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": md5["batches.meta"]})
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5((folder / "cifar.tar.gz").read_bytes()).hexdigest())
+    handler = partial(QuietHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{running.server_port}"
+        monkeypatch.setattr(CIFAR10, "url", f"{address}/cifar.tar.gz")
+        yield address
+        running.shutdown()
+
+
+def unplug(monkeypatch):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{unused.getsockname()[1]}/cifar.tar.gz")
+
+
+def test_cifar10_is_downloaded_once_and_read(server, stand_in, tmp_path, monkeypatch, capsys):
+    _, _, images, labels = stand_in
+    first = cifar10.load(tmp_path / "data")
+    assert capsys.readouterr() == (f"downloading CIFAR-10 into {tmp_path / 'data'}\n", "")
+    unplug(monkeypatch)
+    second = cifar10.load(tmp_path / "data")
+    assert capsys.readouterr() == ("", "")
+    for train, test, names in (first, second):
+        np.testing.assert_array_equal(train[0].numpy(), np.concatenate(images[:5]))
+        np.testing.assert_array_equal(test[0].numpy(), images[5])
+        assert train[1].tolist() == np.concatenate(labels[:5]).tolist()
+        assert test[1].tolist() == labels[5].tolist()
+        assert names == NAMES
+    data = load_data(arguments("cifar10", tmp_path / "data"))
+    assert [len(data.train), len(data.val), len(data.test)] == [90, 10, 10]
+    for split in (data.train, data.val, data.test):
+        assert split.images.is_contiguous(memory_format=torch.channels_last)
+    assert socket.getdefaulttimeout() is None
+
+
+def test_without_network_the_other_sources_are_named_and_the_next_try_works(server, tmp_path, monkeypatch):
+    address = CIFAR10.url
+    unplug(monkeypatch)
+    with pytest.raises(UserError) as error:
+        cifar10.load(tmp_path / "data")
+    message = str(error.value)
+    assert message.startswith(f"CIFAR-10 is not in {tmp_path / 'data'} and could not be downloaded (")
+    assert "Connection refused" in message
+    assert "--dataset folder" in message
+    assert "--dataset synthetic" in message
+    assert "\n" not in message
+    monkeypatch.setattr(CIFAR10, "url", address)
+    train, _, _ = cifar10.load(tmp_path / "data")
+    assert len(train[1]) == 100
+
+
+def test_a_server_that_does_not_answer_is_given_up(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar10, "NETWORK_TIMEOUT_S", 0.3)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{silent.getsockname()[1]}/cifar.tar.gz")
+        start = time.perf_counter()
+        with pytest.raises(UserError, match="timed out"):
+            cifar10.load(tmp_path)
+        assert time.perf_counter() - start < 5
+    assert socket.getdefaulttimeout() is None
+
+
+def test_a_page_in_place_of_the_archive_is_an_error_and_the_next_try_works(
+    server, stand_in, tmp_path, monkeypatch
+):
+    (stand_in[0] / "login.html").write_text("please log in")
+    address = CIFAR10.url
+    monkeypatch.setattr(CIFAR10, "url", f"{server}/login.html")
+    with pytest.raises(UserError, match="could not be downloaded"):
+        cifar10.load(tmp_path)
+    monkeypatch.setattr(CIFAR10, "url", address)
+    assert len(cifar10.load(tmp_path)[0][1]) == 100
+
+
+def test_a_download_that_was_cut_off_is_made_again(server, stand_in, tmp_path):
+    archive = (stand_in[0] / "cifar.tar.gz").read_bytes()
+    (tmp_path / CIFAR10.filename).write_bytes(archive[: len(archive) // 2])
+    (tmp_path / CIFAR10.base_folder).mkdir()
+    assert len(cifar10.load(tmp_path)[0][1]) == 100
+
+
+@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+def test_damaged_files_without_network_are_one_line(server, tmp_path, monkeypatch, name):
+    cifar10.load(tmp_path)
+    unplug(monkeypatch)
+    (tmp_path / CIFAR10.filename).unlink()
+    with open(tmp_path / CIFAR10.base_folder / name, "r+b") as file:
+        file.truncate(30)
+    with pytest.raises(UserError) as error:
+        cifar10.load(tmp_path)
+    folder = tmp_path / CIFAR10.base_folder
+    assert str(error.value).startswith(f"{folder} is damaged and could not be downloaded (")
+    assert f"remove {folder} and connect to the network" in str(error.value)
+    assert "\n" not in str(error.value)
