@@ -1,8 +1,8 @@
 """Ten classes of 32x32 RGB images that the project draws itself: the same bytes on every machine.
 
 Each image shows one object of random colour, place, size and rotation, over a shaded background
-with clutter, crossed by a bar, under noise. Seven classes differ by outline and three by texture,
-so that neither the mean colour nor any single pixel tells them apart.
+with clutter, crossed by a bar, under noise. Seven classes differ by outline and three by texture, so
+that colours and single pixels tell little: a linear classifier of the pixels is right on 23 %.
 """
 
 from pathlib import Path
