@@ -106,12 +106,11 @@ def tiny_qmodel(tiny_folder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_scripted(run_script, tiny_folder, tiny_weights, tmp_path_factory) -> Path:
-    """A folder with what post_training_quantization.py makes of `tiny_weights`, and record.json."""
+def tiny_scripted(run_script, tiny_folder, tiny_qmodel, tmp_path_factory) -> Path:
+    """A folder with what post_training_quantization.py makes of `tiny_qmodel`, and record.json."""
     folder = tmp_path_factory.mktemp("scripted")
-    run_script("scripts/to_qmodel_weights.py", "--weights", tiny_weights, "--output", folder / "qmodel.pth")
     run_script(
-        *("post_training_quantization.py", "--weights", folder / "qmodel.pth", "--output_dir", folder),
+        *("post_training_quantization.py", "--weights", tiny_qmodel, "--output_dir", folder),
         *("--dataset", "folder", "--data_dir", tiny_folder, "--threads", 1, "--latency_rounds", 3),
         *("--record", folder / "record.json"),
     )
