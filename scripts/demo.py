@@ -30,6 +30,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", default="demo", help="folder for everything that is written")
     cli.add_force_argument(parser)
     parser.add_argument("--epochs", type=cli.positive_int, default=8, help="of training the float model")
+    parser.add_argument("--lr", type=cli.positive_float, default=0.1, help="of training the float model")
     parser.add_argument("--recovery_epochs", type=cli.positive_int, default=3, help="after pruning")
     parser.add_argument(
         "--qat_epochs", type=cli.positive_int, default=2, help="of quantization-aware training"
@@ -102,10 +103,10 @@ class Chain:
 def run_chain(chain: Chain, args: argparse.Namespace) -> dict[str, Path]:
     """Train, evaluate, scan, prune, convert, quantize; the file of each variant."""
     path, data, seeded, force = chain.path, chain.data, chain.runtime, ["--force"]
-    recipe = ["--batch_size", 64]
+    recipe = ["--batch_size", 128]
     chain.run(
         "train the float model", "train.py", *data, *seeded, *force, *recipe,
-        "--epochs", args.epochs, "--lr", 0.1,
+        "--epochs", args.epochs, "--lr", args.lr,
         "--width_mult", args.width_mult, "--output_stride", args.output_stride,
         "--output", path("float.pth"), "--record", path("records/train.json"),
     )  # fmt: skip
