@@ -72,7 +72,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="fraction of the epochs after which the batch-norm statistics are held",
     )
     add_training_arguments(parser, epochs=8, batch_size=128)
-    add_optimization_arguments(parser, lr=0.005, weight_decay=1e-4)
+    add_optimization_arguments(parser, lr=1e-3, weight_decay=1e-4)
     add_distillation_arguments(parser)
     cli.add_data_arguments(parser)
     cli.add_runtime_arguments(parser)
