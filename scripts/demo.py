@@ -142,7 +142,7 @@ def run_chain(chain: Chain, args: argparse.Namespace) -> dict[str, Path]:
     )  # fmt: skip
     chain.run(
         "quantize while training", "quantization_aware_training.py", *data, *seeded, *force, *recipe,
-        "--epochs", args.qat_epochs, "--lr", 0.005,
+        "--epochs", args.qat_epochs, "--lr", 0.001,
         "--weights", path("qmodel.pth"), "--output", path("scripted_weights/mobilenetv2_qat.pt"),
     )  # fmt: skip
     return {
