@@ -11,7 +11,20 @@ def chain(run_script, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     printed = run_script(
         *("scripts/demo.py", "--output_dir", folder, "--width_mult", 0.35, "--output_stride", 16),
-        *("--epochs", 4, "--recovery_epochs", 1, "--qat_epochs", 1, "--sparsities", 0.5, "--rounds", 20),
+        *(
+            "--epochs",
+            4,
+            "--recovery_epochs",
+            1,
+            "--qat_epochs",
+            1,
+            "--sparsities",
+            0.5,
+            "--rounds",
+            20,
+            "--threads",
+            1,
+        ),
     ).stdout
     return folder, printed, json.loads((folder / "summary.json").read_text())["results"]
 
