@@ -10,7 +10,7 @@ demo: $(VENV)/.runtime ## the whole chain on drawn images, offline
 test: $(VENV)/.development ## lint, then every test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.development ## mend what can be mended, show the rest
 	$(BIN)/ruff check --fix .
