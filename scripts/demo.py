@@ -33,7 +33,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lr", type=cli.positive_float, default=0.1, help="of training the float model")
     parser.add_argument("--recovery_epochs", type=cli.positive_int, default=3, help="after pruning")
     parser.add_argument(
-        "--qat_epochs", type=cli.positive_int, default=2, help="of quantization-aware training"
+        "--qat_epochs", type=cli.positive_int, default=1, help="of quantization-aware training"
     )
     parser.add_argument("--width_mult", type=cli.positive_float, default=0.5, help="as train.py's")
     parser.add_argument("--output_stride", type=int, default=16, help="as train.py's")

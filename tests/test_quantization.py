@@ -461,3 +461,20 @@ def test_pruned_weights_are_zero_after_training_and_in_int8(weights, batches, op
 
 def test_the_prunable_layers_keep_their_names(weights, trained):
     assert list(prunable_layers(trained)) == list(prunable_layers(weights.model))
+
+
+def test_a_dead_channel_does_not_coarsen_the_others(weights, batches, test_images):
+    """Its batch norm divides by next to nothing; one scale a tensor would be made for it alone."""
+    model = copy.deepcopy(weights.model)
+    norm = model.features[1].conv[0][1]
+    with torch.no_grad():
+        # The channel's input is dead, and so are its statistics.
+        model.features[0][1].weight[3] = 0
+        model.features[0][1].bias[3] = -1
+        norm.running_mean[3] = 0
+        norm.running_var[3] = 1e-14
+        norm.weight[3] = 1.4
+    assert fold_batch_norms(model).features[1].conv[0][0].weight[3].abs().max() > 10
+    expected = logits_of(fold_batch_norms(model), test_images)
+    found = logits_of(post_training_quantize(calibrate(model, batches), per_channel=False), test_images)
+    assert signal_to_noise_db(expected, found) > 10

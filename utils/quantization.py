@@ -31,6 +31,8 @@ from utils.errors import UserError
 
 LARGEST_PAIR = 128
 """Two int8 weights of this sum, times activations of 255, make 32640: a 16-bit number."""
+NEGLIGIBLE_DEVIATION = 0.01
+"""Of a channel behind its batch norm; less than half of what int8 tells apart in 0 to 6."""
 SMALLEST_SCALE = 1e-6
 """Of weights. A channel without any would have 0, by which its bias is divided."""
 SHRINKS = torch.linspace(1.0, 0.3, 36)
@@ -58,6 +60,22 @@ def fold_batch_norms(model: MobileNetV2Quantization) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def without_constant_channels(model: MobileNetV2Quantization) -> MobileNetV2Quantization:
+    """A copy of a float model in which a channel that hardly varies is the constant that it nearly is.
+
+    Where a convolution's input is dead, its batch norm divides by the root of next to nothing: the
+    folded weight is hundreds of times larger than all others, adds nothing to the output, and leaves
+    a scale for the whole tensor that rounds the others to zero.
+    """
+    model = copy.deepcopy(model)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            deviation = norm.weight.abs() * (norm.running_var / (norm.running_var + norm.eps)).sqrt()
+            norm.weight[deviation < NEGLIGIBLE_DEVIATION] = 0
+    return model
+
+
 def calibrate(model: MobileNetV2Quantization, batches: Iterable[tuple[Tensor, Tensor]]) -> nn.Module:
     """A copy of a float model, its batch norms folded, that knows the ranges of its activations.
 
@@ -65,7 +83,7 @@ def calibrate(model: MobileNetV2Quantization, batches: Iterable[tuple[Tensor, Te
         model: not fused; stays as it is.
         batches: of training images, as the model sees them when it is used; at least one.
     """
-    observed = fold_batch_norms(model)
+    observed = fold_batch_norms(without_constant_channels(model))
     with _quietly():
         _set_observers(observed, ActivationObserver, lambda: WeightObserver(per_channel=True))
         # Where two logits are clipped, their order is lost.
