@@ -7,16 +7,19 @@ import argparse
 import sys
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from utils import cli, errors, runtime
 from utils.batches import Batches
 from utils.data import load_data
+from utils.devices import add_device_argument, choose_device
+from utils.errors import UserError
 from utils.evaluation import Evaluation, evaluate
 from utils.files import file_size_mb
 from utils.model_files import ModelFile, open_model
 from utils.tables import format_table
-from utils.weights import add_output_stride_argument
+from utils.weights import add_output_stride_argument, is_torchscript
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -30,6 +33,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=cli.positive_int, default=500, help="images a batch")
     cli.add_data_arguments(parser)
     cli.add_runtime_arguments(parser)
+    add_device_argument(parser)
     cli.add_record_argument(parser)
     cli.add_force_argument(parser)
     return parser
@@ -88,11 +92,27 @@ def as_record(
     }
 
 
+def device_for(file: ModelFile, args: argparse.Namespace) -> torch.device:
+    """Where the model can run: weights anywhere, TorchScript on the CPU that it is made for.
+
+    Raises:
+        UserError: --device names another, or one that is not there.
+    """
+    if is_torchscript(file.path):
+        if args.device not in ("auto", "cpu"):
+            raise UserError(
+                f"{file.path} is TorchScript, which is made for the CPU: leave --device {args.device} out"
+            )
+        args.device = "cpu"
+    return choose_device(args)
+
+
 def main(args: argparse.Namespace) -> None:
     """Open the file, evaluate it, print and record."""
     runtime.set_up(args.seed, args.threads)
     runtime.check_record(args)
     file = open_model(args.weights, args.output_stride)
+    device = device_for(file, args)
     data = load_data(args, file.image_size)
     normalization = file.fit(data)
     split = data.split(args.split)
@@ -103,7 +123,7 @@ def main(args: argparse.Namespace) -> None:
         disable=not sys.stderr.isatty(),
     )
     file.use_engine()
-    evaluation = evaluate(file.model, batches)
+    evaluation = evaluate(file.model.to(device), batches)
     print(describe_accuracy(args.split, evaluation, data.class_names))
     print()
     print(describe_model(file))

@@ -15,7 +15,9 @@ from torch import nn
 
 from utils import cli, errors, files, runtime
 from utils.batches import Batches
+from utils.compilation import add_compile_argument, check_compiler
 from utils.data import ImageData, load_data
+from utils.devices import add_amp_argument, add_device_argument, choose_device, device_of
 from utils.distillation import add_distillation_arguments, distillation, load_teacher
 from utils.errors import UserError
 from utils.evaluation import Evaluation, evaluate
@@ -75,9 +77,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_training_arguments(parser, epochs=24, batch_size=128, epochs_type=cli.non_negative_int)
     add_optimization_arguments(parser, lr=0.05, weight_decay=5e-4)
     add_average_argument(parser)
+    add_compile_argument(parser)
     add_distillation_arguments(parser)
     cli.add_data_arguments(parser)
     cli.add_runtime_arguments(parser)
+    add_device_argument(parser)
+    add_amp_argument(parser)
     cli.add_record_argument(parser)
     return parser
 
@@ -148,7 +153,8 @@ def recover(
 ) -> tuple[nn.Module, Progress]:
     """Prune and train, pruned weights held at zero; the model that is kept, in its best state."""
     model, normalization = weights.model, weights.normalization
-    use_fast_convolutions(model)
+    if device_of(model).type == "cpu":
+        use_fast_convolutions(model)
     batches = training_batches(data, normalization, args)
     ramp = CubicRamp(ramp_epochs(args) * len(batches), args.prune_every) if ramp_epochs(args) else None
     pruner = FineGrainedPruner(model, keep_ratios, ramp)
@@ -177,6 +183,8 @@ def recover(
             after_step=[pruner.step, update_average] if average else [pruner.step],
             first_selectable_epoch=max(1, ramp_epochs(args)),
             state={"pruner": pruner, "average": average} if average else {"pruner": pruner},
+            compile=args.compile,
+            amp=args.amp,
         ),
         args,
     )
@@ -189,11 +197,13 @@ def main(args: argparse.Namespace) -> None:
     runtime.set_up(args.seed, args.threads, parallel=True)
     check_training_outputs(args)
     ramp_epochs(args)
+    device = choose_device(args)
+    check_compiler(args, device)
     weights = load_weights(args.weights, output_stride=args.output_stride)
     keep_ratios = read_sparsity_dict(args.sparsity_dict, prunable_layers(weights.model))
     data = load_data(args, weights.image_size)
     weights = complete(args.weights, weights, data)
-    teacher = load_teacher(args.teacher, weights) if args.teacher else None
+    teacher = load_teacher(args.teacher, weights).to(device) if args.teacher else None
     model = weights.model.to(memory_format=torch.channels_last)
     test = Batches(data.test, weights.normalization, EVALUATION_BATCH_SIZE)
 
@@ -204,6 +214,8 @@ def main(args: argparse.Namespace) -> None:
     print()
     print(format_density(model_statistics(kept, weights.image_size)))
     print(flush=True)
+    for measured in (model, kept):
+        measured.to(device)
     results = {"dense": evaluate(model, test), "pruned": evaluate(kept, test)}
     progress = Progress()
     if args.epochs:
@@ -212,7 +224,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"kept epoch {progress.best_epoch} of {args.epochs}")
         print()
 
-    statistics = model_statistics(kept, weights.image_size)
+    statistics = model_statistics(kept.cpu(), weights.image_size)
     final = list(results.values())[-1]
     metrics = {
         "best_epoch": progress.best_epoch,

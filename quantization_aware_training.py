@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from utils import cli, errors, runtime
+from utils import cli, distributed, errors, runtime
 from utils.batches import Batches
 from utils.data import ImageData, load_data
 from utils.deployment import (
@@ -21,6 +21,7 @@ from utils.deployment import (
     deploy,
     format_comparison,
 )
+from utils.devices import add_device_argument, choose_device
 from utils.distillation import add_distillation_arguments, distillation, load_teacher
 from utils.evaluation import evaluate
 from utils.optimization import add_optimization_arguments, build_optimizer, build_scheduler
@@ -45,6 +46,9 @@ from utils.training import (
     training_batches,
 )
 from utils.weights import Weights, complete, load_weights
+
+# Fake quantization is not made for others.
+DEVICES = ("auto", "cpu", "cuda")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -76,6 +80,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_distillation_arguments(parser)
     cli.add_data_arguments(parser)
     cli.add_runtime_arguments(parser)
+    add_device_argument(parser, DEVICES)
     cli.add_record_argument(parser)
     return parser
 
@@ -100,15 +105,19 @@ def int8_on_val(
     """A Run's `candidate`: the model in training, and the accuracy on val of its int8 form."""
     if not len(data.val):
         return lambda: (model, None)
-    val = Batches(data.val, weights.normalization, args.batch_size, limit=args.num_eval_batches)
-    return lambda: (model, evaluate(convert_qat(model), val).accuracy_pct)
+    val = Batches(data.val, weights.normalization, args.batch_size, limit=args.num_eval_batches, shared=True)
+    return lambda: (model, evaluate(convert_qat(model), val, shared=True).accuracy_pct)
 
 
 def train(
-    weights: Weights, teacher: nn.Module | None, data: ImageData, args: argparse.Namespace
+    weights: Weights,
+    teacher: nn.Module | None,
+    data: ImageData,
+    device: torch.device,
+    args: argparse.Namespace,
 ) -> tuple[nn.Module, Progress]:
-    """Quantization-aware training; the int8 model of its best epoch."""
-    model = prepare_qat(weights.model)
+    """Quantization-aware training on a device; the int8 model of its best epoch."""
+    model = prepare_qat(weights.model).to(device)
     calibrate_qat(model, calibration_batches(data, weights.normalization, args))
     pruner = FineGrainedPruner.from_zeros(model)
     batches = replace(training_batches(data, weights.normalization, args), limit=args.num_train_batches)
@@ -136,16 +145,19 @@ def train(
 
 def main(args: argparse.Namespace) -> None:
     """Train, convert, evaluate, write, time."""
-    runtime.set_up(args.seed, args.threads)
+    runtime.set_up(args.seed, args.threads, parallel=True)
     use_engine(args.backend)
     check_training_outputs(args)
+    device = choose_device(args, DEVICES)
     weights = load_weights(args.weights, "qmodel")
     data = load_data(args, weights.image_size)
     weights = complete(args.weights, weights, data)
     weights.model.to(memory_format=torch.channels_last)
-    teacher = load_teacher(args.teacher, weights) if args.teacher else None
+    teacher = load_teacher(args.teacher, weights).to(device) if args.teacher else None
 
-    int8, progress = train(weights, teacher, data, args)
+    int8, progress = train(weights, teacher, data, device, args)
+    if not distributed.is_main():
+        return  # The rest is for one process, and times are taken while no other computes.
     print(f"kept epoch {progress.best_epoch} of {args.epochs}", flush=True)
     test = Batches(data.test, weights.normalization, args.batch_size, limit=args.num_eval_batches)
     metrics = {"best_epoch": progress.best_epoch, "val_accuracy_pct": progress.best_accuracy_pct}

@@ -13,7 +13,9 @@ from models import MobileNetV2
 from models.mobilenetv2 import OUTPUT_STRIDES
 from utils import cli, errors, files, runtime
 from utils.batches import Batches
+from utils.compilation import add_compile_argument, check_compiler
 from utils.data import load_data, measure_normalization
+from utils.devices import add_amp_argument, add_device_argument, choose_device
 from utils.errors import UserError
 from utils.evaluation import evaluate
 from utils.fast_convolution import use_fast_convolutions
@@ -74,8 +76,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add_optimization_arguments(parser, lr=0.2, weight_decay=5e-4)
     add_average_argument(parser)
+    add_compile_argument(parser)
     cli.add_data_arguments(parser)
     cli.add_runtime_arguments(parser)
+    add_device_argument(parser)
+    add_amp_argument(parser)
     cli.add_record_argument(parser)
     return parser
 
@@ -128,10 +133,13 @@ def main(args: argparse.Namespace) -> None:
     runtime.set_up(args.seed, args.threads, parallel=True)
     check_training_outputs(args)
     strides = output_stride_by_epoch(args)
+    device = choose_device(args)
+    check_compiler(args, device)
     data = load_data(args)
     normalization = measure_normalization(data)
-    model = build_model(args, len(data.class_names))
-    use_fast_convolutions(model)
+    model = build_model(args, len(data.class_names)).to(device)
+    if device.type == "cpu":
+        use_fast_convolutions(model)
     average = ExponentialMovingAverage(model, args.ema) if args.ema else None
     kept: nn.Module = average.module if average else model
 
@@ -155,6 +163,8 @@ def main(args: argparse.Namespace) -> None:
             before_epoch=[set_output_stride],
             first_selectable_epoch=1 + sum(epochs for _, epochs in args.early_output_strides),
             state={"average": average} if average else {},
+            compile=args.compile,
+            amp=args.amp,
         ),
         args,
     )
@@ -169,7 +179,7 @@ def main(args: argparse.Namespace) -> None:
     }
     image_size = data.train.images.shape[-1]
     save_weights(
-        args.output, Weights(kept, "float", data.class_names, normalization, image_size, metrics), args
+        args.output, Weights(kept.cpu(), "float", data.class_names, normalization, image_size, metrics), args
     )
     if args.record:
         runtime.write_record(args.record, args, metrics)

@@ -5,19 +5,16 @@ Every step is the command that a person would type; it is printed before it is r
 
 import argparse
 import json
-import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import cli, errors, runtime
-from utils.errors import UserError
 from utils.files import check_output
+from utils.steps import run_script
 from utils.tables import format_table
 
 ACCEPTED_LOSS_OF_A_LAYER = 2.0
@@ -66,30 +63,8 @@ class Chain:
         Raises:
             UserError: the script did not end well; it has said why.
         """
-        command = shlex.join(["python", script, *map(str, argv)])
-        print(f"\n[{len(self.done) + 1}/{self.steps}] {title}\n$ {command}", flush=True)
-        start = time.perf_counter()
-        printed = []
-        # Unbuffered, so that what a script prints is seen as it comes.
-        with subprocess.Popen(
-            [sys.executable, "-u", str(REPOSITORY / script), *map(str, argv)],
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as process:
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                printed.append(line.rstrip("\n"))
-        if process.returncode:
-            raise UserError(f"{script} ended with exit code {process.returncode}: see above")
-        self.done.append(
-            {
-                "title": title,
-                "script": script,
-                "command": command,
-                "seconds": round(time.perf_counter() - start, 1),
-                "printed": printed,
-            }
-        )
+        step = run_script(f"[{len(self.done) + 1}/{self.steps}] {title}", script, *argv)
+        self.done.append({"title": title, **step})
 
     def record(self, name: str) -> dict[str, Any]:
         """The results that a step recorded."""

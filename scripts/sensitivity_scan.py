@@ -2,7 +2,8 @@
 
 Writes a CSV a row at a time (an interrupted scan goes on where it stopped when the same command is
 given again) and a plot beside it. `sparsity` is the fraction of weights KEPT. Recommended is the
-smallest sparsity at which accuracy stays at or above the threshold, else 1.0.
+smallest sparsity at which accuracy stays at or above the threshold, else 1.0. torchrun shares the
+layers among processes.
 """
 
 import argparse
@@ -15,9 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
-from utils import cli, errors, files, runtime
+from utils import cli, distributed, errors, files, runtime
 from utils.batches import Batches
 from utils.data import load_data
+from utils.devices import add_device_argument, choose_device
 from utils.errors import UserError
 from utils.evaluation import evaluate
 from utils.model_statistics import ModelStatistics, model_statistics
@@ -50,13 +52,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--split", choices=("test", "val"), default="test", help="images to measure on; val is for tuning"
     )
-    parser.add_argument("--batch_size", type=cli.positive_int, default=500, help="images a batch")
+    parser.add_argument("--batch_size", type=cli.positive_int, default=250, help="images a batch")
     parser.add_argument("--o", default="scanning_log.csv", help="CSV to write")
     parser.add_argument("--plot", help="PNG to write (default: beside --o, with its name)")
     cli.add_force_argument(parser)
     add_output_stride_argument(parser)
     cli.add_data_arguments(parser)
     cli.add_runtime_arguments(parser)
+    add_device_argument(parser)
     cli.add_record_argument(parser)
     return parser
 
@@ -91,10 +94,11 @@ def format_header(log: ScanningLog) -> str:
 
 
 def scan(weights: Weights, batches: Batches, log: ScanningLog) -> None:
-    """Measure what the log lacks, a row at a time; print a line a layer.
+    """Measure what the log lacks; write the rows of a layer together and print a line.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; the log holds every row that was measured.
+        UserError: another process has ended; the same holds for the log.
     """
     print(format_header(log))
     done = len(log.rows)
@@ -103,7 +107,8 @@ def scan(weights: Weights, batches: Batches, log: ScanningLog) -> None:
         if not to_do or to_do[0][0] != name:
             print(format_layer(log, name))
     start = time.perf_counter()
-    progress = tqdm(total=len(log.plan), initial=done, leave=False, disable=not sys.stderr.isatty())
+    is_hidden = not (distributed.is_main() and sys.stderr.isatty())
+    progress = tqdm(total=len(log.plan), initial=done, leave=False, disable=is_hidden)
     try:
         for index, evaluation in enumerate(measure(weights.model, batches, to_do), 1):
             row = log.append(evaluation)
@@ -116,6 +121,13 @@ def scan(weights: Weights, batches: Batches, log: ScanningLog) -> None:
         raise KeyboardInterrupt(
             f"{len(log.rows)} of {len(log.plan)} rows are in {log.path}; the same command goes on from there"
         ) from None
+    except RuntimeError as error:
+        if not distributed.is_lost_process(error):
+            raise
+        raise UserError(
+            f"another process of this run has ended; {len(log.rows)} of {len(log.plan)} rows are in "
+            f"{log.path}: the same command goes on from there"
+        ) from error
     finally:
         progress.close()
 
@@ -131,13 +143,15 @@ def density_at(keep_ratios: dict[str, float], statistics: ModelStatistics) -> fl
 
 def main(args: argparse.Namespace) -> None:
     """Scan, or go on with a scan; write the log and the plot."""
-    runtime.set_up(args.seed, args.threads)
+    runtime.set_up(args.seed, args.threads, parallel=True)
+    device = choose_device(args)
     plot = check_outputs(args)
     weights = load_weights(args.weights, output_stride=args.output_stride)
     data = load_data(args, weights.image_size)
     weights = complete(args.weights, weights, data)
     split = data.split(args.split)
     batches = Batches(split, weights.normalization, args.batch_size)
+    # As the images lie in memory.
     model = weights.model.to(memory_format=torch.channels_last)
     statistics = model_statistics(model, weights.image_size)
 
@@ -148,11 +162,13 @@ def main(args: argparse.Namespace) -> None:
         scan_id(weights, split),
         describe_layers(statistics.layers),
     )
-    if Path(args.o).is_file() and not args.force:
+    if distributed.is_main() and Path(args.o).is_file() and not args.force:
         log.load()
         print(f"going on after {len(log.rows)} of {len(log.plan)} rows in {args.o}")
+    # Also so that nothing is written before every process has found the outputs as it may.
+    log.rows = distributed.gather(log.rows)[0]
     log.start()
-    dense = evaluate(model, batches)
+    dense = evaluate(model.to(device), batches)
     print(
         f"unpruned: {args.split} accuracy {dense.accuracy_pct:.2f} % "
         f"({dense.correct} / {dense.total}), loss {dense.loss:.4f}"
@@ -160,6 +176,8 @@ def main(args: argparse.Namespace) -> None:
     if dense.accuracy_pct < args.accuracy_threshold:
         print(f"this is below --accuracy_threshold {args.accuracy_threshold:g}: most layers will stay whole")
     scan(weights, batches, log)
+    if not distributed.is_main():
+        return
 
     shapes = {layer.name: layer.shape for layer in statistics.layers}
     plot_sensitivity(plot, log.rows, shapes, dense.accuracy_pct, args.accuracy_threshold)

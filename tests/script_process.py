@@ -30,10 +30,7 @@ def run(
     """Run a script from the repository's root; its exit code and what it printed."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         names = [f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in (out, err)]
-        process = multiprocessing.get_context("forkserver").Process(
-            target=_run_script, args=(argv, *names, env or {})
-        )
-        process.start()
+        process = start(argv, *names, env or {})
         process.join(timeout)
         if process.is_alive():
             process.kill()
@@ -42,6 +39,15 @@ def run(
         out.seek(0)
         err.seek(0)
         return subprocess.CompletedProcess(argv, process.exitcode, out.read(), err.read())
+
+
+def start(argv: list[str], out: str, err: str, env: dict[str, str]) -> multiprocessing.Process:
+    """Start a script that appends what it prints to the files `out` and `err`."""
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_run_script, args=(argv, out, err, env)
+    )
+    process.start()
+    return process
 
 
 def run_until(

@@ -1,12 +1,18 @@
 import multiprocessing
 import os
 import socket
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from models import MobileNetV2Quantization
+from tests import script_process
 from utils import distributed
+from utils.quantization import calibrate_qat, convert_qat, int8_parameters, prepare_qat
+from utils.torchscript import load_torchscript
 
 
 def free_port() -> int:
@@ -17,7 +23,8 @@ def free_port() -> int:
 
 def run_ranks(work, world_size: int = 2) -> list:
     """What `work(rank)` returns in each of `world_size` processes that torchrun could have started."""
-    port, context = free_port(), multiprocessing.get_context("spawn")
+    script_process.start_server()
+    port, context = free_port(), multiprocessing.get_context("forkserver")
     ranks = []
     for rank in range(world_size):
         ours, theirs = context.Pipe()
@@ -75,6 +82,40 @@ def test_two_processes_train_as_one_does():
         assert torch.equal(first[name], second[name]), name
 
 
+def train_a_step_with_rounding(_rank: int = 0) -> dict:
+    torch.manual_seed(0)
+    model = MobileNetV2Quantization(3, 0.1, dropout=0.3, output_stride=8)
+    # In a deep network that has learned nothing, what moves across the edge between two codes grows.
+    model.features, model.classifier[1] = model.features[:4], nn.Linear(8, 3)
+    images, labels = torch.randn(2, 16, 3, 16, 16), torch.randint(3, (2, 16))
+    # The halves of a batch have ranges and statistics of their own.
+    images[:, 8:] *= 3
+    for _ in range(20):
+        model(images[1])
+    model = prepare_qat(model)
+    calibrate_qat(model, [(images[1], labels[1])])
+    called = distributed.parallelize(model.train())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    torch.manual_seed(2)
+    logits = called(distributed.share(images[0]))
+    nn.functional.cross_entropy(logits, distributed.share(labels[0])).backward()
+    optimizer.step()
+    gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
+    assert len(int8_parameters(convert_qat(model))) == 20
+    return {name: value.clone() for name, value in (model.state_dict() | gradients).items()}
+
+
+def test_two_processes_train_with_rounding_as_one_does():
+    """Ranges, batch norms and dropout see the whole batch."""
+    alone = train_a_step_with_rounding()
+    first, second = run_ranks(train_a_step_with_rounding)
+    for name, value in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(
+            first[name], value, rtol=1e-3, atol=5e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
 def test_one_process_notices_nothing():
     model = network()
     assert distributed.parallelize(model) is model
@@ -99,3 +140,88 @@ def test_values_meet():
         (["rank 0", "rank 1"], 3.0, [0, 1, 2]),
         (["rank 0", "rank 1"], 3.0, [3, 4]),
     ]
+
+
+# Scripts over two processes, as torchrun starts them
+
+
+class Ranks:
+    """Two processes that run one script."""
+
+    def __init__(self, folder: Path, *argv: object) -> None:
+        self.errors = [folder / f"{rank}.err" for rank in (0, 1)]
+        self.outputs = [folder / f"{rank}.out" for rank in (0, 1)]
+        for path in (*self.errors, *self.outputs):
+            path.touch()
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        self.processes = [
+            script_process.start(
+                list(map(str, argv)), str(out), str(err), shared | {"RANK": rank, "LOCAL_RANK": rank}
+            )
+            for rank, out, err in zip("01", self.outputs, self.errors, strict=True)
+        ]
+
+    def wait(self, rank: int) -> tuple[int | None, str, str]:
+        """Exit code and what was printed."""
+        self.processes[rank].join(120)
+        return self.processes[rank].exitcode, self.outputs[rank].read_text(), self.errors[rank].read_text()
+
+
+@pytest.fixture(scope="module")
+def fast(tiny_folder, run_script):
+    return ("--dataset", "folder", "--data_dir", tiny_folder, "--threads", 1, "--batch_size", 32)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_process_that_dies_ends_the_run_and_its_checkpoint_can_be_resumed(fast, tmp_path, run_script, lost):
+    """With --scheduler none, a run that is told to end earlier goes through the same steps."""
+    folder = tmp_path / "w"
+    folder.mkdir()
+    output, history = folder / "m.pth", folder / "m.history.csv"
+    argv = ("train.py", *fast, "--width_mult", 0.1, "--output_stride", 32, "--output", output)
+    argv += ("--scheduler", "none", "--lr", 0.01)
+    ranks = Ranks(tmp_path, *argv, "--epochs", 999)
+    deadline = time.monotonic() + 120
+    while not (history.is_file() and len(history.read_text().splitlines()) > 2):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    ranks.processes[lost].kill()
+    code, _, complaint = ranks.wait(1 - lost)
+    path = folder / "m.checkpoint.pth"
+    assert code == 2
+    assert complaint == (
+        "error: another process of this run has ended: the same command with --resume goes on from the "
+        f"checkpoint {path}\n"
+    )
+    assert not output.exists()
+    checkpoint = torch.load(path, weights_only=True)
+    epochs = len(checkpoint["progress"]["history"]) + 1
+    assert epochs >= 2
+    checkpoint["arguments"]["epochs"] = epochs
+    del checkpoint["arguments"]["amp"]  # as if written before there was such a flag
+    torch.save(checkpoint, path)
+    printed = run_script(*argv, "--epochs", epochs, "--resume").stdout
+    assert f" of {epochs}" in printed
+    assert len(history.read_text().splitlines()) == 1 + epochs
+    assert output.exists() and not path.exists()
+
+
+def test_quantization_aware_training_over_two_processes_writes_one_file(fast, tiny_qmodel, tmp_path):
+    output = tmp_path / "w" / "qat.pt"
+    argv = ("quantization_aware_training.py", *fast, "--weights", tiny_qmodel, "--latency_rounds", 3)
+    ranks = Ranks(tmp_path, *argv, "--epochs", 1, "--lr", 0.001, "--output", output)
+    code, printed, complaints = ranks.wait(0)
+    assert (code, complaints) == (0, "")
+    assert ranks.wait(1) == (0, "", "")
+    assert f"wrote {output}" in printed
+    assert sorted(path.name for path in output.parent.iterdir()) == ["qat.history.csv", "qat.pt"]
+    _, metadata = load_torchscript(output)
+    assert metadata.metrics["test_accuracy_pct"] > 90
+
+
+def test_compiling_is_for_one_process(fast, tmp_path):
+    ranks = Ranks(tmp_path, "train.py", *fast, "--compile", "--output", tmp_path / "m.pth")
+    for rank in (0, 1):
+        code, _, complaint = ranks.wait(rank)
+        assert code == 2
+        assert complaint.startswith("error: --compile is for a run of one process")

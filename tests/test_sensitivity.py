@@ -4,6 +4,9 @@ import json
 import os
 import signal
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,10 @@ import torch
 from PIL import Image
 from torch.nn.utils import prune
 
-from models import MobileNetV2
+from models import MobileNetV2, MobileNetV2Quantization
 from tests import script_process
+from tests.test_distributed import free_port
+from utils import prefix_evaluation
 from utils.batches import Batches
 from utils.data import Normalization, Split
 from utils.errors import UserError
@@ -20,7 +25,7 @@ from utils.evaluation import Evaluation, evaluate
 from utils.model_statistics import model_statistics, prunable_layers
 from utils.plots import KINDS, layer_kind
 from utils.scanning_log import COLUMNS, ScanningLog, read_recommended
-from utils.sensitivity import evaluate_with_pruned_layer, measure, recommend, scan_plan
+from utils.sensitivity import evaluate_with_pruned_layer, measure, pruned_layer, recommend, scan_plan
 from utils.sparsity_dict import READ_ONLY_COLUMNS, describe_layers, read_sparsity_dict
 from utils.weights import Weights, load_weights, save_weights
 
@@ -66,6 +71,18 @@ def bits(model) -> dict[str, bytes]:
     return {name: value.contiguous().numpy().tobytes() for name, value in model.state_dict().items()}
 
 
+def assert_as_plain(evaluation: Evaluation, plain: Evaluation) -> None:
+    assert evaluation.correct_by_class == plain.correct_by_class
+    assert evaluation.total_by_class == plain.total_by_class
+    assert (evaluation.correct, evaluation.total) == (plain.correct, plain.total)
+    assert round(evaluation.loss, 4) == round(plain.loss, 4)
+
+
+def assert_scan_as_plain(model, batches, plan) -> None:
+    for point, evaluation in zip(plan, measure(model, batches, plan), strict=True):
+        assert_as_plain(evaluation, evaluate_with_pruned_layer(model, batches, *point))
+
+
 def test_each_layer_alone_as_a_plain_loop_measures_it():
     model, batches = learned_model()
     before = bits(model)
@@ -77,11 +94,107 @@ def test_each_layer_alone_as_a_plain_loop_measures_it():
         prune.l1_unstructured(pruned.get_submodule(name), "weight", amount=1 - keep_ratio)
         prune.remove(pruned.get_submodule(name), "weight")
         pruned = pruned.to(memory_format=torch.channels_last)
-        assert evaluation == evaluate(pruned, batches)
+        assert_as_plain(evaluation, evaluate(pruned, batches))
+        assert evaluate_with_pruned_layer(model, batches, name, keep_ratio) == evaluate(pruned, batches)
         losses.add(evaluation.loss)
     assert len(losses) > len(plan) / 2
     assert bits(model) == before
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("output_stride", [16, 8])
+def test_each_block_and_output_stride_as_a_plain_loop_measures_it(output_stride):
+    model, batches = learned_model()
+    model.set_output_stride(output_stride)
+    # Begins within a layer, as a scan does that goes on.
+    plan = scan_plan(model, [0.2, 0.6])[3:]
+    assert_scan_as_plain(model, batches, [point for i, point in enumerate(plan) if i % 18 < 3])
+
+
+def test_a_model_prepared_for_quantization_is_scanned_alike():
+    model, batches = learned_model()
+    qmodel = MobileNetV2Quantization.from_float(model).to(memory_format=torch.channels_last)
+    assert_scan_as_plain(qmodel, batches, scan_plan(qmodel, [0.4])[::8])
+
+
+def test_answers_that_rounding_could_change_come_from_the_model_itself(monkeypatch):
+    model, batches = learned_model()
+    with torch.no_grad():
+        # Two classes that are told apart by the last bits alone, if at all.
+        model.classifier[1].weight[1] = model.classifier[1].weight[0] * (1 + 2**-23)
+        model.classifier[1].bias[1] = model.classifier[1].bias[0]
+        model.classifier[1].weight[2], model.classifier[1].bias[2] = 0.0, -100.0
+    again = []
+    monkeypatch.setattr(
+        prefix_evaluation, "evaluate", lambda m, b: (again.append(len(b.split)), evaluate(m, b))[1]
+    )
+    plan = scan_plan(model, [0.5])[::6]
+    assert_scan_as_plain(model, batches, plan)
+    assert again.count(32) == 2 * len(plan)
+
+
+def test_a_loss_that_could_be_rounded_otherwise_comes_from_the_model_itself(monkeypatch):
+    model, batches = learned_model()
+    plan = scan_plan(model, [0.5])[::10]
+    monkeypatch.setattr(prefix_evaluation, "LOSS_DECIMALS", 12)
+    for point, evaluation in zip(plan, measure(model, batches, plan), strict=True):
+        assert evaluation == evaluate_with_pruned_layer(model, batches, *point)
+
+
+def test_a_scan_runs_on_the_folded_network_in_the_main(monkeypatch):
+    model, batches = learned_model()
+    again = []
+    monkeypatch.setattr(
+        prefix_evaluation, "evaluate", lambda m, b: (again.append(len(b.split)), evaluate(m, b))[1]
+    )
+    plan = scan_plan(model, [0.5])
+    list(measure(model, batches, plan))
+    assert sum(again) < 0.2 * len(plan) * len(batches.split)
+
+
+def test_weights_that_are_nan_behind_a_layer_are_no_reason_to_differ():
+    model, batches = learned_model()
+    with torch.no_grad():
+        model.features[18][1].bias.fill_(float("nan"))
+    evaluations = list(measure(model, batches, [("features.3.conv.2", 0.5)]))
+    plain = evaluate_with_pruned_layer(model, batches, "features.3.conv.2", 0.5)
+    assert evaluations[0].correct_by_class == plain.correct_by_class
+
+
+@pytest.mark.parametrize("kept", [0, 20_000, 150_000])
+def test_memory_is_bounded_and_changes_nothing(monkeypatch, kept):
+    monkeypatch.setattr(prefix_evaluation, "LARGEST_CHUNK", 24)
+    model, batches = learned_model()
+    plan = scan_plan(model, [0.5])[::7]
+    expected = [evaluate_with_pruned_layer(model, batches, *point) for point in plan]
+    monkeypatch.setattr(prefix_evaluation, "KEPT_BYTES", kept)
+    evaluator = prefix_evaluation.PrefixEvaluator(model, batches)
+    most = 0
+    for (name, keep_ratio), plain in zip(plan, expected, strict=True):
+        variant = partial(pruned_layer, model, name, keep_ratio)
+        (evaluation,) = evaluator.evaluate_variants(name, [variant])
+        assert_as_plain(evaluation, plain)
+        held = sum(x.nbytes for _, x in evaluator.kept.values())
+        assert held == evaluator.kept_bytes <= kept
+        most = max(most, held)
+    assert most >= kept / 2
+
+
+def test_large_images_go_in_small_chunks(monkeypatch):
+    model, batches = learned_model()
+    largest = 8 * 16 * 16 * 4  # bytes an image leaves the stem with, at output stride 32
+    monkeypatch.setattr(prefix_evaluation, "CHUNK_BYTES", 5 * 3 * 32 * 32 * 4 + 1)
+    assert largest < 3 * 32 * 32 * 4
+    assert prefix_evaluation.PrefixEvaluator(model, batches).chunk_size == 5
+
+
+@pytest.mark.parametrize(
+    "other", [{"shuffle": True}, {"limit": 1}, {"drop_last": True}, {"augment": "flip"}, {"shared": True}]
+)
+def test_batches_that_are_not_a_split_in_order_are_refused(other):
+    model, batches = learned_model()
+    with pytest.raises(ValueError, match="split"):
+        next(measure(model, replace(batches, **other), scan_plan(model, [0.5])))
 
 
 def test_weights_are_restored_after_an_error():
@@ -154,7 +267,7 @@ def test_the_log_and_its_marks(whole):
         "accuracy_pct": "70.0",
         "correct": "70",
         "total": "100",
-        "loss": repr(1 / 73),
+        "loss": str(round(1 / 73, 4)),
         "recommended_sparsity": "",
         "shape": "8x3x3x3",
         "parameters": "216",
@@ -269,7 +382,7 @@ def test_the_scan_from_the_shell(scanned, tiny_weights):
     for row in rows:
         assert row["total"] == "18"
         assert float(row["accuracy_pct"]) == pytest.approx(100 * int(row["correct"]) / 18, abs=1e-6)
-    assert len({row["loss"] for row in rows}) > 20
+    assert len({row["loss"] for row in rows}) > 3
     marks = {row["layer"]: float(row["recommended_sparsity"]) for row in rows if row["recommended_sparsity"]}
     assert marks == record["recommended_sparsity"]
     assert list(marks) == list(prunable_layers(weights.model))
@@ -308,6 +421,56 @@ def test_an_interrupted_scan_ends_with_the_same_log(scan, scanned, tiny_folder, 
     assert f"going on after {len(measured) - 2} of 106 rows" in printed
     assert output.read_bytes() == scanned[0].read_bytes()
     assert output.with_suffix(".png").read_bytes() == scanned[0].with_suffix(".png").read_bytes()
+
+
+def rank_environment(rank: int, port: int) -> dict[str, str]:
+    """What torchrun tells the first or second of two processes."""
+    return {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def scan_on_two_ranks(argv) -> list:
+    argv, port = [SCAN, *map(str, argv)], free_port()
+    script_process.start_server()
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda rank: script_process.run(argv, env=rank_environment(rank, port)), (0, 1)))
+
+
+def test_two_processes_write_the_log_of_one(scanned, tiny_folder, tiny_weights, tmp_path):
+    output = tmp_path / "log.csv"
+    argv = ("--dataset", "folder", "--data_dir", tiny_folder, "--threads", 1)
+    argv += ("--weights", tiny_weights, "--o", output, *FAST)
+    first, second = scan_on_two_ranks(argv)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "recommended: prune" in first.stdout
+    assert second.stdout == ""
+    assert output.read_bytes() == scanned[0].read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "log.png"]
+
+    output.write_text("".join(output.read_text().splitlines(True)[:60]))
+    first, second = scan_on_two_ranks(argv)
+    assert "going on after 59 of 106 rows" in first.stdout, first.stderr + second.stderr
+    assert output.read_bytes() == scanned[0].read_bytes()
+
+
+def test_a_process_that_dies_leaves_a_whole_log(scanned, tiny_folder, tiny_weights, tmp_path, monkeypatch):
+    output, port = tmp_path / "log.csv", free_port()
+    argv = [SCAN, "--dataset", "folder", "--data_dir", tiny_folder, "--threads", 1]
+    argv = list(map(str, [*argv, "--weights", tiny_weights, "--o", output, *FAST]))
+    script_process.start_server()
+    with ThreadPoolExecutor() as pool:
+        main = pool.submit(script_process.run, argv, env=rank_environment(0, port))
+        for name, value in rank_environment(1, port).items():
+            monkeypatch.setenv(name, value)
+        script_process.run_until(
+            argv, lambda: output.is_file() and output.read_text().count("\n") > 20, signal.SIGKILL
+        )
+        ended = main.result()
+    assert ended.returncode == 2, ended.stderr
+    assert "another process of this run has ended" in ended.stderr
+    rows = output.read_text()
+    assert rows.endswith("\n")
+    assert 20 < rows.count("\n") < 107
+    assert scanned[0].read_text().startswith(rows)
 
 
 def test_a_log_of_other_weights_is_refused_without_force(scan, scanned, tiny_weights, tmp_path):

@@ -38,7 +38,8 @@ def start() -> None:
     if not launched() or dist.is_initialized():
         return
     try:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        # Counts are summed up on the CPU, gradients where the model is.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes of this run cannot reach each other ({error})") from error
     if not is_main():
@@ -48,6 +49,11 @@ def start() -> None:
 def rank() -> int:
     """This process among the others, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def local_rank() -> int:
+    """This process among those on its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def world_size() -> int:
@@ -62,15 +68,15 @@ def is_main() -> bool:
 
 def barrier() -> None:
     """Wait until every process is here."""
-    if world_size() > 1:
-        dist.barrier()
+    # With GPUs, torch's own barrier would take one, be it used or not.
+    sum_over_processes(torch.zeros(()))
 
 
 @contextmanager
 def main_first() -> Iterator[None]:
     """Let the main process run the block before the others do (a download, a cache)."""
     if not is_main():
-        dist.barrier()
+        barrier()
     try:
         yield
     finally:
@@ -91,6 +97,13 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     """The sum of a tensor over all processes, in place."""
     if world_size() > 1:
         dist.all_reduce(tensor)
+    return tensor
+
+
+def max_over_processes(tensor: Tensor) -> Tensor:
+    """The greatest of the values of all processes, elementwise and in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor
 
 
@@ -148,18 +161,18 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
         """Normalize (N, C, H, W) by the statistics of all processes' N * H * W values."""
         if not self.training:
             return super().forward(x)
-        # The variance is taken around a point near the mean, where the difference of squares loses
-        # no digits.
-        center = self.running_mean.detach().clone()
-        centered = x - center.view(1, -1, 1, 1)
-        moments = torch.stack([centered.mean((0, 2, 3)), centered.square().mean((0, 2, 3))])
-        mean, square = _SumOverProcesses.apply(moments) / world_size()
-        variance = square - mean.square()
+        # Variances within the processes and of their means; a difference of squares could be negative.
+        x = x.float()  # with --amp it comes in bfloat16
+        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        moments = x.new_zeros(world_size(), 2, x.shape[1])
+        moments[rank()] = torch.stack([mean, variance])
+        means, variances = _SumOverProcesses.apply(moments).unbind(1)
+        mean = means.mean(0)
+        variance = variances.mean(0) + (means - mean).square().mean(0)
         if self.track_running_stats:
-            self._track(center + mean.detach(), variance.detach(), x.numel() // x.shape[1] * world_size())
+            self._track(mean.detach(), variance.detach(), x.numel() // x.shape[1] * world_size())
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        shift = self.bias - mean * scale
-        return centered * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+        return (x - mean.view(1, -1, 1, 1)) * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:

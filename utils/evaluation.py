@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from utils.batches import Batches
+from utils.devices import device_of, on_device
 from utils.distributed import sum_over_processes
 
 
@@ -32,7 +33,8 @@ def evaluate(
     """Evaluate `model` (in eval mode for the time of the call) on at most `num_batches` batches.
 
     Args:
-        model: maps images (B, 3, H, W) to logits (B, classes); float, quantized or scripted.
+        model: maps images (B, 3, H, W) to logits (B, classes); float, quantized or scripted. It runs
+            where it is.
         batches: of the split to evaluate on.
         num_batches: None for all.
         shared: whether each process of a run over several has a slice of each batch, so that the
@@ -41,17 +43,17 @@ def evaluate(
     was_training = model.training
     model.eval()
     losses, hits, labels_seen = [], [], []
-    for index, (images, labels) in enumerate(batches):
+    for index, (images, labels) in enumerate(on_device(batches, device_of(model))):
         if index == num_batches:
             break
         logits = model(images)
-        losses.append(nn.functional.cross_entropy(logits, labels, reduction="sum").double())
+        losses.append(nn.functional.cross_entropy(logits, labels, reduction="sum"))
         hits.append(logits.argmax(1) == labels)
         labels_seen.append(labels)
         classes = logits.shape[1]
     model.train(was_training)
-    hit, label = torch.cat(hits), torch.cat(labels_seen)
-    loss = torch.stack(losses).sum()
+    hit, label = torch.cat(hits).cpu(), torch.cat(labels_seen).cpu()
+    loss = torch.stack(losses).cpu().double().sum()
     correct_by_class = torch.bincount(label[hit], minlength=classes)
     total_by_class = torch.bincount(label, minlength=classes)
     if shared:

@@ -1,4 +1,4 @@
-"""Opening a file of any kind that holds a model: float or pruned weights, a qmodel, TorchScript."""
+"""Opening a file of any kind that holds a model: float or pruned weights, a qmodel, TorchScript, packed."""
 
 import os
 from dataclasses import dataclass, fields
@@ -12,6 +12,7 @@ from utils.data import ImageData, Normalization, measure_normalization
 from utils.errors import UserError
 from utils.files import check_input
 from utils.model_statistics import model_statistics
+from utils.packing_int8 import is_packed_int8, load_int8
 from utils.torchscript import load_torchscript
 from utils.weights import check_classes, is_torchscript, load_weights
 
@@ -82,10 +83,13 @@ def open_model(path: str | os.PathLike, output_stride: int | None = None) -> Mod
             output stride is fixed.
     """
     path = check_input(path, "model file")
-    if is_torchscript(path):
+    load_scripted = load_int8 if is_packed_int8(path) else load_torchscript if is_torchscript(path) else None
+    if load_scripted is not None:
         if output_stride is not None:
-            raise UserError(f"{path} is TorchScript, its output stride is fixed: leave --output_stride out")
-        model, metadata = load_torchscript(path)
+            raise UserError(
+                f"{path} is int8 or TorchScript, its output stride is fixed: leave --output_stride out"
+            )
+        model, metadata = load_scripted(path)
         kept = {f.name: getattr(metadata, f.name) for f in fields(ModelFile) if hasattr(metadata, f.name)}
         return ModelFile(path=path, model=model.eval(), **kept)
     weights = load_weights(path, kind=None, output_stride=output_stride)

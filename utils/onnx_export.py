@@ -25,7 +25,7 @@ from utils.errors import UserError
 from utils.model_files import ModelFile
 from utils.model_statistics import prunable_layers
 from utils.optional_packages import import_optional
-from utils.torchscript import to_torchscript
+from utils.torchscript import GraphTensor, graph_operations, to_torchscript
 
 if TYPE_CHECKING:
     import onnx
@@ -64,7 +64,7 @@ def to_onnx(file: ModelFile, batch_size: int | None = None) -> "onnx.ModelProto"
     with torch.device("meta"):
         layers = list(prunable_layers(MobileNetV2(**file.architecture)))
     builder = _GraphBuilder(layers)
-    builder.build(scripted.inlined_graph)
+    builder.build(scripted)
 
     helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
     n = "batch" if batch_size is None else batch_size
@@ -202,9 +202,9 @@ class _GraphBuilder:
         self.layers = iter(layers)
         self.nodes: list[dict[str, Any]] = []
         self.arrays: dict[str, np.ndarray] = {}
-        self.values: dict[str, str | _Quantized] = {}
+        self.values: dict[GraphTensor, str | _Quantized] = {}
 
-    def build(self, graph: Any) -> None:
+    def build(self, scripted: torch.jit.ScriptModule) -> None:
         """Translate each node.
 
         Raises:
@@ -224,16 +224,12 @@ class _GraphBuilder:
             "quantized::add": self.int8_add,
             "aten::dequantize": self.dequantize,
         }
-        *_, images = graph.inputs()
-        self.values[images.debugName()] = INPUT
-        for node in graph.nodes():
-            if node.kind() in ("prim::Constant", "prim::ListConstruct"):
-                continue
-            if node.kind() not in operations:
-                raise NotImplementedError(f"{node.kind()} has no translation to ONNX here")
-            arguments = [self.values.get(value.debugName(), value) for value in node.inputs()]
-            arguments = [a if isinstance(a, str | _Quantized) else _constant(a) for a in arguments]
-            self.values[node.output().debugName()] = operations[node.kind()](*arguments)
+        for kind, arguments, result in graph_operations(scripted):
+            if kind not in operations:
+                raise NotImplementedError(f"{kind} has no translation to ONNX here")
+            # What no operation has computed are the images.
+            arguments = [self.values.get(a, INPUT) if isinstance(a, GraphTensor) else a for a in arguments]
+            self.values[result] = operations[kind](*arguments)
         self.nodes[-1]["outputs"] = [OUTPUT]
 
     def float_convolution(
@@ -341,13 +337,6 @@ class _GraphBuilder:
             {"op_type": op_type, "name": name, "inputs": inputs, "outputs": [name], **attributes}
         )
         return name
-
-
-def _constant(value: Any) -> Any:
-    node = value.node()
-    if node.kind() == "prim::ListConstruct":
-        return [_constant(item) for item in node.inputs()]
-    return value.toIValue()
 
 
 def _convolution_attributes(stride, padding, dilation, groups: int) -> dict[str, Any]:

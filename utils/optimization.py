@@ -1,14 +1,16 @@
 """Optimizers, learning-rate schedules and the average of the weights, as the flags name them."""
 
 from argparse import ArgumentParser, Namespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from utils.cli import fraction_below_one, non_negative_float, positive_float
+from utils.muon import Muon, is_pointwise
 
-OPTIMIZERS = ("sgd", "adam", "adamw")
+OPTIMIZERS = ("sgd", "muon", "adam", "adamw")
 SCHEDULERS = ("none", "cosine", "one_cycle")
 MOMENTUM = 0.9
 ONE_CYCLE_WARM_UP = 0.3
@@ -17,8 +19,19 @@ ONE_CYCLE_WARM_UP = 0.3
 def add_optimization_arguments(parser: ArgumentParser, lr: float, weight_decay: float) -> None:
     """--optimizer, --lr, --scheduler, --weight_decay, --label_smoothing."""
     group = parser.add_argument_group("optimization")
-    group.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="sgd is with Nesterov momentum")
+    group.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="sgd",
+        help="sgd is with Nesterov momentum; muon is muon for pointwise convolutions, sgd for the rest",
+    )
     group.add_argument("--lr", type=positive_float, default=lr, help="highest learning rate")
+    group.add_argument(
+        "--muon_lr",
+        type=positive_float,
+        default=0.05,
+        help="highest learning rate of what --optimizer muon orthogonalizes, while --lr is that of the rest",
+    )
     group.add_argument(
         "--scheduler",
         choices=SCHEDULERS,
@@ -52,15 +65,34 @@ def add_average_argument(parser: ArgumentParser) -> None:
 def build_optimizer(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
     """The optimizer that --optimizer, --lr and --weight_decay name, over all parameters."""
     parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay},
-        # Norm scales and biases are few; decaying them costs accuracy and regularizes nothing.
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    # Norm scales and biases are few; decaying them costs accuracy and regularizes nothing.
+    undecayed = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
+    if args.optimizer == "muon":
+        return _build_muon([p for p in parameters if p.ndim > 1], undecayed, args)
+    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay}, undecayed]
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=args.lr, momentum=MOMENTUM, nesterov=True, fused=True)
     optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
     return optimizer(groups, lr=args.lr, fused=True)
+
+
+def _build_muon(decayed: list[nn.Parameter], undecayed: dict[str, Any], args: Namespace) -> Muon:
+    groups = [
+        {
+            "params": [p for p in decayed if is_pointwise(p)],
+            "orthogonalize": True,
+            "lr": args.muon_lr,
+            "momentum": 0.0,
+            "nesterov": False,
+            # SGD decays by lr * weight_decay a step, and this is to be the same for all weights.
+            "weight_decay": args.weight_decay * args.lr / args.muon_lr,
+        },
+        {"params": [p for p in decayed if not is_pointwise(p)], "weight_decay": args.weight_decay},
+        undecayed,
+    ]
+    for group in groups[1:]:
+        group["orthogonalize"] = False
+    return Muon(groups, lr=args.lr, momentum=MOMENTUM, nesterov=True, fused=True)
 
 
 def build_scheduler(
@@ -71,7 +103,7 @@ def build_scheduler(
     if args.scheduler == "one_cycle":
         return torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
-            max_lr=args.lr,
+            max_lr=[group["lr"] for group in optimizer.param_groups],
             total_steps=total_steps + 1,
             pct_start=ONE_CYCLE_WARM_UP,
             cycle_momentum=False,

@@ -37,7 +37,7 @@ def magnitude_mask(weight: Tensor, keep_ratio: float, among: Tensor | None = Non
     if among is not None:
         magnitude = magnitude.masked_fill(~among.flatten(), -1.0)
     order = magnitude.argsort(descending=True, stable=True)
-    mask = torch.zeros(len(magnitude), dtype=torch.bool)
+    mask = torch.zeros_like(magnitude, dtype=torch.bool)
     mask[order[: kept_count(len(magnitude), keep_ratio)]] = True
     return mask.view(weight.shape)
 
@@ -167,9 +167,9 @@ class FineGrainedPruner:
         self._set_masks(masks)
 
     def _set_masks(self, masks: dict[str, Tensor]) -> None:
-        self.masks = dict(masks)
         for name, mask in masks.items():
             weight = self.model.get_submodule(name).weight
+            self.masks[name] = mask = mask.to(weight.device)
             # All bits of a kept weight, none of a pruned one; laid out in memory as the weight is.
             bits = torch.zeros_like(weight, dtype=torch.int32)
             self._bits[name] = bits.masked_fill_(mask, -1)

@@ -27,6 +27,8 @@ from torch.ao.nn import quantized as int8
 from torch.ao.nn.intrinsic import qat as fused
 
 from models import MobileNetV2Quantization
+from utils import distributed
+from utils.devices import device_of, on_device
 from utils.errors import UserError
 
 LARGEST_PAIR = 128
@@ -120,7 +122,7 @@ def prepare_qat(model: MobileNetV2Quantization) -> nn.Module:
     with _quietly():
         _set_observers(
             model,
-            eager.FusedMovingAvgObsFakeQuantize.with_args(
+            ActivationFakeQuantize.with_args(
                 observer=eager.MovingAverageMinMaxObserver, quant_min=0, quant_max=255
             ),
             eager.FakeQuantize.with_args(observer=WeightObserver, per_channel=True),
@@ -137,7 +139,7 @@ def calibrate_qat(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) ->
     """
     model.eval()
     model.apply(eager.disable_fake_quant)
-    for images, _ in batches:
+    for images, _ in on_device(batches, device_of(model)):
         model(images)
     model.apply(eager.enable_fake_quant)
 
@@ -158,8 +160,11 @@ def freeze_batch_norms(model: nn.Module) -> None:
 
 
 def convert_qat(model: nn.Module) -> nn.Module:
-    """The int8 model, for the current engine, of a model of `prepare_qat`, which stays as it is."""
-    return _convert(copy.deepcopy(model).eval())
+    """The int8 model, for the current engine, of a model of `prepare_qat`, which stays as it is.
+
+    Wherever that one trains, the int8 model runs on the CPU.
+    """
+    return _convert(copy.deepcopy(model).cpu().eval())
 
 
 def int8_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -170,6 +175,60 @@ def int8_parameters(model: nn.Module) -> dict[str, Tensor]:
             parameters[f"{name}.weight"] = layer.weight().int_repr()
             parameters[f"{name}.bias"] = layer.bias()
     return parameters
+
+
+def int8_operations(model: MobileNetV2Quantization) -> list[str]:
+    """Names of the modules whose int8 output has a scale and a zero point, in forward order.
+
+    Each takes what the one before it gives; an addition takes an earlier one's as well.
+    """
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+        or (name.endswith(".skip_add") and model.get_submodule(name.rpartition(".")[0]).use_res_connect)
+    ]
+    return ["quant", *names]
+
+
+def int8_model(
+    model: MobileNetV2Quantization,
+    weights: dict[str, Tensor],
+    biases: dict[str, Tensor],
+    ranges: dict[str, tuple[float, int]],
+) -> nn.Module:
+    """The int8 model, for the current engine, of what one consists of.
+
+    Args:
+        model: of the same architecture, best on the meta device; is changed into the int8 model.
+        weights: of each convolution and linear layer, quantized (qint8).
+        biases: float32 (out_channels,), of each.
+        ranges: scale and zero point of the output of each of `int8_operations`.
+    """
+    for name in int8_operations(model):
+        parent, child = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        layer, (scale, zero_point) = getattr(parent, child), ranges[name]
+        if name == "quant":
+            setattr(parent, child, int8.Quantize(scale, zero_point, torch.quint8))
+            continue
+        if isinstance(layer, nn.Linear):
+            replacement = int8.Linear(layer.in_features, layer.out_features)
+        elif isinstance(layer, nn.Conv2d):
+            sizes = (layer.in_channels, layer.out_channels, layer.kernel_size)
+            rest = (layer.stride, layer.padding, layer.dilation, layer.groups)
+            replacement = int8.Conv2d(*sizes, *rest)
+        else:
+            replacement = int8.QFunctional()
+        if name in weights:
+            replacement.set_weight_bias(weights[name], biases[name])
+        replacement.scale, replacement.zero_point = scale, zero_point
+        setattr(parent, child, replacement)
+    for parent in list(model.modules()):
+        for child, module in list(parent.named_children()):
+            if isinstance(module, nn.BatchNorm2d | nn.ReLU6):
+                setattr(parent, child, nn.Identity())
+    model.dequant = int8.DeQuantize()
+    return model.eval()
 
 
 class WeightObserver(eager.ObserverBase):
@@ -210,6 +269,25 @@ def largest_pair(weight: Tensor) -> Tensor:
     pairs = filters.unflatten(1, (-1, 2))
     positive, negative = pairs.clamp(min=0).sum(2), pairs.clamp(max=0).sum(2)
     return torch.maximum(positive.amax(1), -negative.amin(1))
+
+
+class ActivationFakeQuantize(eager.FusedMovingAvgObsFakeQuantize):
+    """Rounds an activation as int8 does; its range follows that of the batch as a moving average.
+
+    In a run over several processes, it is the range of the batch of all of them.
+    """
+
+    def forward(self, activation: Tensor) -> Tensor:
+        """Follow the range, unless that is held, and round; the shape stays."""
+        if distributed.world_size() == 1 or not (self.training and self.observer_enabled):
+            return super().forward(activation)
+        # Of a batch, the range depends on its least and its greatest value alone.
+        extremes = torch.stack([-activation.detach().amin(), activation.detach().amax()])
+        super().forward(distributed.max_over_processes(extremes) * extremes.new_tensor([-1, 1]))
+        self.disable_observer()
+        rounded = super().forward(activation)
+        self.enable_observer()
+        return rounded
 
 
 class ActivationObserver(eager.HistogramObserver):

@@ -1,6 +1,7 @@
 """The CSV that a sensitivity scan writes a row at a time, and goes on with when it was interrupted.
 
-Columns: layer, sparsity (the fraction of weights KEPT), accuracy_pct, correct, total, loss;
+Columns: layer, sparsity (the fraction of weights KEPT), accuracy_pct, correct, total, loss (nats, to
+LOSS_DECIMALS, which the order of float additions does not reach);
 recommended_sparsity, filled in one row a layer: the first (smallest) sparsity that stays at or
 above the threshold, or 1.0 in the layer's last row if none does; shape, parameters and macs, which
 help decide; and scan_id, which tells the rows of one scan from those of another.
@@ -17,11 +18,13 @@ import torch
 from torch import Tensor
 
 from models import MobileNetV2
+from utils import distributed
 from utils.csv_files import Row, format_line, parse_csv, read_csv, read_text, suggest, write_csv
 from utils.data import Split
 from utils.errors import UserError
 from utils.evaluation import Evaluation
 from utils.model_statistics import prunable_layers
+from utils.prefix_evaluation import LOSS_DECIMALS
 from utils.sensitivity import Point, recommend
 from utils.sparsity_dict import READ_ONLY_COLUMNS
 from utils.weights import Weights
@@ -67,6 +70,8 @@ def _bytes(tensor: Tensor) -> memoryview:
 class ScanningLog:
     """The rows of one scan, in the order of its plan, on disk as soon as they are measured.
 
+    Every process of a run over several holds them; the main one reads and writes the file.
+
     Args:
         path: of the CSV.
         plan: what the scan measures.
@@ -92,7 +97,8 @@ class ScanningLog:
 
     def start(self) -> None:
         """Write the header, and the rows that `load` found; what stood in the file is replaced."""
-        write_csv(self.path, COLUMNS, [self._cells(index) for index in range(len(self.rows))])
+        if distributed.is_main():
+            write_csv(self.path, COLUMNS, [self._cells(index) for index in range(len(self.rows))])
 
     def load(self) -> None:
         """Take the rows of the same scan from the file; a last line that was cut off is left out.
@@ -131,7 +137,10 @@ class ScanningLog:
             UserError: the disk is full or the like; the rows before are whole.
         """
         name, keep_ratio = self.plan[len(self.rows)]
-        self.rows.append(Measurement(name, keep_ratio, evaluation.correct, evaluation.total, evaluation.loss))
+        loss = round(evaluation.loss, LOSS_DECIMALS)
+        self.rows.append(Measurement(name, keep_ratio, evaluation.correct, evaluation.total, loss))
+        if not distributed.is_main():
+            return self.rows[-1]
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(format_line(self._cells(len(self.rows) - 1)))
@@ -220,3 +229,33 @@ def _measurement(row: Row) -> Measurement:
     if not 0 < total >= correct:
         raise row.error("total", f"{correct} of {total} images are not right answers of all")
     return Measurement(row["layer"], keep_ratio, correct, total, row.number("loss"))
+
+
+def read_measurements(
+    path: str | os.PathLike, descriptions: dict[str, Sequence[object]]
+) -> list[Measurement]:
+    """All rows of a finished scan at several sparsities.
+
+    Args:
+        path: of the CSV.
+        descriptions: of the model's layers, as `describe_layers` gives them.
+
+    Raises:
+        UserError: as `read_recommended`, or the shapes are those of another model, or there are not
+            two sparsities below 1.
+    """
+    _, found = read_recommended(path)
+    for name, (shape, *_) in found.items():
+        if shape != descriptions[name][0]:
+            raise UserError(
+                f"{path} is the log of another model: {name} is {shape} there and {descriptions[name][0]} "
+                "here: scan this one"
+            )
+    measurements = [_measurement(row) for row in read_csv(path, "scanning log", COLUMNS, MADE_BY)]
+    levels = {row.keep_ratio for row in measurements} - {1.0}
+    if len(levels) < 2:
+        raise UserError(
+            f"{path} holds {len(levels)} sparsities below 1, at least two are needed: "
+            "scan with more --sparsities"
+        )
+    return measurements

@@ -8,7 +8,7 @@ import json
 import os
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -153,6 +153,23 @@ def load_torchscript(path: str | os.PathLike) -> tuple[torch.jit.ScriptModule, S
     if not is_torchscript(path):
         raise UserError(f"{path} is truncated or not a TorchScript file: write or fetch it again")
     metadata = _read_metadata(path)
+    with engine_of(path, metadata):
+        try:
+            return torch.jit.load(path, map_location="cpu"), metadata
+        except Exception as error:
+            # torch raises whatever the broken part raises.
+            raise UserError(
+                f"{path} is damaged ({one_line(error)[:120]}): write or fetch it again"
+            ) from error
+
+
+@contextmanager
+def engine_of(path: str | os.PathLike, metadata: ScriptMetadata) -> Iterator[None]:
+    """Make a file's engine the current one, and torch quiet: int8 weights are packed as they are read.
+
+    Raises:
+        UserError: it does not run on this machine.
+    """
     supported = torch.backends.quantized.supported_engines
     if metadata.engine is not None and metadata.engine not in supported:
         raise UserError(
@@ -160,14 +177,10 @@ def load_torchscript(path: str | os.PathLike) -> tuple[torch.jit.ScriptModule, S
             f"not run (it runs {', '.join(e for e in supported if e != 'none')}): make it anew with --backend"
         )
     before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = metadata.engine or before
     try:
-        # int8 weights are packed for the current engine as they are read.
-        torch.backends.quantized.engine = metadata.engine or before
         with _quietly():
-            return torch.jit.load(path, map_location="cpu"), metadata
-    except Exception as error:
-        # torch raises whatever the broken part raises.
-        raise UserError(f"{path} is damaged ({one_line(error)[:120]}): write or fetch it again") from error
+            yield
     finally:
         torch.backends.quantized.engine = before
 
@@ -186,6 +199,35 @@ def float_forms(model: nn.Module, image_size: int) -> dict[str, Callable[[Tensor
             "frozen TorchScript": frozen,
             "TorchScript optimized for inference (oneDNN)": torch.jit.optimize_for_inference(frozen),
         }
+
+
+@dataclass(frozen=True)
+class GraphTensor:
+    """A tensor that a graph computes, by its name in the graph."""
+
+    name: str
+
+
+def graph_operations(scripted: torch.jit.ScriptModule) -> Iterator[tuple[str, list[Any], GraphTensor]]:
+    """The operations of a frozen model, in the order of running: what it is, its arguments, its result.
+
+    An argument is a GraphTensor, or the constant that is frozen into the graph: a number, a list, a
+    tensor, packed int8 weights. The first operation that has a GraphTensor takes the images.
+    """
+    for node in scripted.inlined_graph.nodes():
+        if node.kind() not in ("prim::Constant", "prim::ListConstruct"):
+            yield node.kind(), [_argument(value) for value in node.inputs()], _result(node.output())
+
+
+def _argument(value: Any) -> Any:
+    node = value.node()
+    if node.kind() == "prim::ListConstruct":
+        return [_argument(item) for item in node.inputs()]
+    return value.toIValue() if node.kind() == "prim::Constant" else _result(value)
+
+
+def _result(value: Any) -> GraphTensor:
+    return GraphTensor(value.debugName())
 
 
 def _read_metadata(path: Path) -> ScriptMetadata:

@@ -18,7 +18,9 @@ from tqdm import tqdm
 from utils import distributed
 from utils.batches import AUGMENTATIONS, Batches
 from utils.cli import non_negative_int, positive_int
+from utils.compilation import compiled
 from utils.data import ImageData, Normalization
+from utils.devices import device_of, on_device
 from utils.errors import UserError
 from utils.evaluation import evaluate
 from utils.files import atomic_write, check_output, save_torch
@@ -60,6 +62,8 @@ class Run:
         before_epoch: each called with the epoch's number, from 1.
         first_selectable_epoch: earlier ones are never kept (a pruning schedule still under way).
         state: further objects that a resumed run needs, by name.
+        compile: train a compiled form of the model.
+        amp: train in bfloat16 where that is safe.
     """
 
     model: nn.Module
@@ -73,6 +77,8 @@ class Run:
     before_epoch: list[Callable[[int], None]] = field(default_factory=list)
     first_selectable_epoch: int = 1
     state: dict[str, Stateful] = field(default_factory=dict)
+    compile: bool = False
+    amp: bool = False
 
     def stateful(self) -> dict[str, Stateful]:
         """Everything whose state a checkpoint keeps."""
@@ -128,29 +134,36 @@ def train_one_epoch(
     optimizer: torch.optim.Optimizer,
     loss_function: LossFunction,
     after_step: list[Callable[[], None]],
+    amp: bool = False,
 ) -> tuple[float, float]:
     """Train on every batch once; returns the mean loss and the accuracy in percent on the way.
+
+    The model trains where it is, with `amp` in bfloat16 where that is safe.
 
     Raises:
         UserError: the loss is no longer finite.
     """
     model.train()
-    loss_sum, correct, total = torch.zeros((), dtype=torch.double), torch.zeros((), dtype=torch.long), 0
+    device = device_of(model)
+    # Read at the end alone, so that a GPU is not waited for at each step.
+    losses, hits, counts = [], [], []
     progress = tqdm(batches, desc="training", leave=False, disable=not sys.stderr.isatty())
-    for images, labels in progress:
-        logits = model(images)
-        loss = loss_function(images, logits, labels)
+    for images, labels in on_device(progress, device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            logits = model(images)
+            loss = loss_function(images, logits, labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         for hook in after_step:
             hook()
-        loss_sum += loss.detach().double() * len(labels)
-        correct += (logits.detach().argmax(1) == labels).sum()
-        total += len(labels)
-    total = distributed.sum_over_processes(torch.tensor(total)).item()
-    mean_loss = distributed.sum_over_processes(loss_sum).item() / total
-    distributed.sum_over_processes(correct)
+        losses.append(loss.detach())
+        hits.append((logits.detach().argmax(1) == labels).sum())
+        counts.append(len(labels))
+    loss_sum = sum(loss * count for loss, count in zip(torch.stack(losses).tolist(), counts, strict=True))
+    total = distributed.sum_over_processes(torch.tensor(sum(counts))).item()
+    mean_loss = distributed.sum_over_processes(torch.tensor(loss_sum, dtype=torch.double)).item() / total
+    correct = distributed.sum_over_processes(torch.stack(hits).sum().cpu())
     if not mean_loss < float("inf"):
         raise UserError("the loss is no longer a finite number: give a lower --lr and start again")
     return mean_loss, 100 * correct.item() / total
@@ -252,6 +265,8 @@ def fit(run: Run, args: Namespace) -> Progress:
     else:
         _save_checkpoint(checkpoint, run, args, progress)
     called = distributed.parallelize(run.model)
+    if run.compile:
+        called = compiled(called)
     print(Epoch.HEADER)
     for epoch in progress.history:
         print(epoch)
@@ -271,8 +286,8 @@ def fit(run: Run, args: Namespace) -> Progress:
         if not distributed.is_lost_process(error):
             raise
         raise UserError(
-            f"another process of this run has ended; {len(progress.history)} of {run.epochs} epochs are in "
-            f"{checkpoint}: the same command with --resume goes on from there"
+            "another process of this run has ended: the same command with --resume goes on from the "
+            f"checkpoint {checkpoint}"
         ) from error
     return progress
 
@@ -293,7 +308,7 @@ def _one_epoch(run: Run, called: nn.Module, args: Namespace, number: int, progre
     batches = replace(run.batches, epoch=number)
     start = time.perf_counter()
     loss, train_accuracy_pct = train_one_epoch(
-        called, batches, run.optimizer, run.loss_function, [run.scheduler.step, *run.after_step]
+        called, batches, run.optimizer, run.loss_function, [run.scheduler.step, *run.after_step], run.amp
     )
     seconds = time.perf_counter() - start
     model, val_accuracy_pct = run.candidate()
@@ -314,8 +329,9 @@ def _trained_images(batches: Batches) -> int:
     return min(len(batches) * batches.batch_size, len(batches.split))
 
 
-# The run's outcome does not depend on these, so a resumed run may change them.
-FREE_TO_CHANGE = {"resume", "force", "threads", "record", "output", "data_dir"}
+# The run's outcome depends on these by float rounding at the most (a GPU draws its own dropout), so a
+# resumed run may change them.
+FREE_TO_CHANGE = {"resume", "force", "threads", "device", "compile", "record", "output", "data_dir"}
 
 
 def _save_checkpoint(path: Path, run: Run, args: Namespace, progress: Progress) -> None:
@@ -338,7 +354,8 @@ def _load_checkpoint(path: Path, run: Run, args: Namespace) -> Progress:
     if content.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is not a checkpoint of an interrupted run: start again without --resume")
     then, now = content["arguments"], plain(args)
-    for name in sorted((then.keys() | now.keys()) - FREE_TO_CHANGE):
+    # A flag that is newer than the checkpoint was not given then.
+    for name in sorted(then.keys() - FREE_TO_CHANGE):
         if then.get(name) != now.get(name):
             raise UserError(
                 f"{path} was made with --{name} {then.get(name)}, not {now.get(name)}: "

@@ -19,6 +19,8 @@ from models.mobilenetv2 import OUTPUT_STRIDES
 from utils.data import DEFAULT_IMAGE_SIZE, ImageData, Normalization, measure_normalization
 from utils.errors import UserError, one_line
 from utils.files import check_input, save_torch
+from utils.packing_float import read_weights
+from utils.packing_format import is_packed
 from utils.runtime import plain, versions
 
 FORMAT = "mobilenetv2-weights"
@@ -74,7 +76,8 @@ def load_weights(
     """Rebuild the model from the file alone.
 
     Args:
-        path: a file of `save_weights`, or a bare state_dict of torchvision's MobileNetV2.
+        path: a file of `save_weights`, packed float weights, or a bare state_dict of torchvision's
+            MobileNetV2.
         kind: "float" or "qmodel", what the caller goes on with; None takes both.
         output_stride: instead of the file's own; the weights do not depend on it.
 
@@ -83,7 +86,10 @@ def load_weights(
             the architecture.
     """
     path = check_input(path, "weights file")
-    content = read_pickle(path)
+    if is_packed(path):
+        content = {**read_weights(path), "format": FORMAT, "format_version": FORMAT_VERSION}
+    else:
+        content = read_pickle(path)
     if "format" in content and content["format"] != FORMAT:
         raise UserError(
             f"{path} is a file of format {content['format']!r}, not weights: the checkpoint of an "

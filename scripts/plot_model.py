@@ -1,0 +1,80 @@
+"""Draw what is in a model file: density and size of each layer, weight histograms, bytes.
+
+Takes every file that evaluate.py takes. With --before, the histograms compare the weights with
+those of another file of the same architecture, such as the model before it was pruned; if batch
+norms are folded into the weights of only one of the two, they are folded in the other as well.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from torch import Tensor
+
+from scripts.pack_weights import describe
+from utils import cli, errors, files
+from utils.errors import UserError
+from utils.layer_weights import file_bytes, has_batch_norms, layer_weights
+from utils.model_files import ModelFile, open_model
+from utils.plots import plot_model
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.ArgumentParser(__doc__)
+    parser.add_argument("--weights", required=True, help="file of any kind that this project writes")
+    parser.add_argument("--before", help="file to compare the weights with, such as the dense weights")
+    parser.add_argument("--o", default="model.png", help="PNG to write")
+    cli.add_force_argument(parser)
+    return parser
+
+
+def check_same_architecture(before: ModelFile, after: ModelFile) -> None:
+    """Make sure that the two can be compared layer by layer.
+
+    Raises:
+        UserError: a layer has another shape.
+    """
+    shapes = {name: tuple(weight.shape) for name, weight in layer_weights(after).items()}
+    for name, weight in layer_weights(before).items():
+        if tuple(weight.shape) != shapes[name]:
+            raise UserError(
+                f"--before {before.path} is of another architecture: {name} is {tuple(weight.shape)} there "
+                f"and {shapes[name]} in {after.path}"
+            )
+
+
+def as_arrays(weights: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """The values of the weights; of int8 ones, what they stand for."""
+    return {
+        name: (weight.dequantize() if weight.is_quantized else weight).numpy()
+        for name, weight in weights.items()
+    }
+
+
+def main(args: argparse.Namespace) -> None:
+    """Open the files, draw, print where the bytes go."""
+    files.check_output(args.o, force=args.force)
+    after = open_model(args.weights)
+    compared = {"weights": after}
+    if args.before is not None:
+        compared = {"before": open_model(args.before), "after": after}
+        check_same_architecture(*compared.values())
+    fold = not all(map(has_batch_norms, compared.values()))
+    histograms = {name: as_arrays(layer_weights(file, fold)) for name, file in compared.items()}
+    sizes = file_bytes(after)
+    title = (
+        f"{after.path.name}: {after.variant}, density {100 * after.density:.2f} %, "
+        f"{files.file_size_mb(after.path):.2f} MB"
+    )
+    histogram_of = "weight, batch norm folded in" if fold else "weight"
+    plot_model(args.o, title, as_arrays(layer_weights(after)), sizes, histograms, histogram_of)
+    print(describe(sizes))
+    print(f"wrote {args.o}")
+
+
+if __name__ == "__main__":
+    errors.run(lambda: main(get_args_parser().parse_args()))

@@ -1,0 +1,95 @@
+from argparse import Namespace
+
+import pytest
+import torch
+from torch import nn
+
+from quantization_aware_training import DEVICES as QAT_DEVICES
+from utils.devices import DEVICES, choose_device, device_of, on_device
+from utils.errors import UserError
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Make the machine one with these GPUs, and the process one of those that torchrun starts."""
+
+    def with_gpus(cuda: int = 0, mps: bool = False, local_rank: int = 0) -> list[int]:
+        chosen = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        return chosen
+
+    return with_gpus
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked", "choices", "given"),
+    [
+        ({}, "auto", DEVICES, "cpu"),
+        ({"mps": True}, "auto", DEVICES, "mps"),
+        ({"mps": True}, "auto", QAT_DEVICES, "cpu"),
+        ({"cuda": 1, "mps": True}, "auto", DEVICES, "cuda:0"),
+        ({"cuda": 2, "local_rank": 1}, "cuda", DEVICES, "cuda:1"),
+        ({"cuda": 2}, "cpu", DEVICES, "cpu"),
+    ],
+)
+def test_the_device_is_what_is_asked_for_or_the_best_there_is(machine, gpus, asked, choices, given):
+    chosen = machine(**gpus)
+    args = Namespace(device=asked)
+    device = choose_device(args, choices)
+    assert device == torch.device(given)
+    assert args.device == device.type
+    assert chosen == ([device.index] if device.type == "cuda" else [])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "args", "says"),
+    [
+        ({}, {"device": "cuda"}, "--device cuda is not there: use one of cpu, or auto"),
+        ({"cuda": 1}, {"device": "mps"}, "--device mps is not there: use one of cuda, cpu, or auto"),
+        ({"cuda": 2, "local_rank": 2}, {"device": "auto"}, "process 2 finds 2 GPUs"),
+        ({}, {"device": "auto", "amp": True}, "--amp goes with --device cuda or mps"),
+        ({"cuda": 1}, {"device": "cpu", "amp": True}, "--amp goes with --device cuda or mps"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(machine, gpus, args, says):
+    machine(**gpus)
+    with pytest.raises(UserError, match=says):
+        choose_device(Namespace(**args))
+
+
+def test_batches_go_where_the_model_is():
+    batches = [(torch.ones(2, 3, 4, 4), torch.tensor([1, 2])), (torch.ones(1, 3, 4, 4), torch.tensor([0]))]
+    # "meta" is a device that each machine has.
+    moved = list(on_device(batches, device_of(nn.Linear(1, 1, device="meta"))))
+    assert [(x.device.type, y.device.type, len(x), len(y)) for x, y in moved] == [
+        ("meta", "meta", 2, 2),
+        ("meta", "meta", 1, 1),
+    ]
+    for (images, labels), (same_images, same_labels) in zip(
+        batches, on_device(batches, device_of(nn.ReLU())), strict=True
+    ):
+        assert images is same_images
+        assert labels is same_labels
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
+def test_scripts_say_so_before_the_work_starts(run_script, tiny_weights, tiny_scripted, tmp_path):
+    output = tmp_path / "w" / "m.pth"
+    for argv, says in {
+        ("train.py", "--device", "cuda", "--output", output): "--device cuda is not there",
+        ("train.py", "--amp", "--output", output): "--amp goes with",
+        ("train.py", "--device", "tpu", "--output", output): "--device",
+        ("quantization_aware_training.py", "--device", "cuda", "--output", output): "is not there",
+        ("quantization_aware_training.py", "--device", "mps", "--output", output): "--device",
+        ("evaluate.py", "--weights", tiny_weights, "--device", "cuda"): "--device cuda is not there",
+        (
+            *("evaluate.py", "--weights", tiny_scripted / "mobilenetv2_ptq_per_channel.pt"),
+            *("--device", "cuda"),
+        ): "is TorchScript, which is made for the CPU: leave --device cuda out",
+    }.items():
+        assert says in run_script(*argv, expect=2).stderr
+    assert not output.exists()

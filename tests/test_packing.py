@@ -1,0 +1,509 @@
+"""Packed files give back what was packed, or say in one line what is wrong with them."""
+
+import io
+import json
+import random
+import struct
+import tracemalloc
+import zipfile
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models import MobileNetV2
+from tests.test_packing_codecs import tensors
+from utils import packing_float, packing_int8, quantization
+from utils.errors import UserError
+from utils.model_files import open_model
+from utils.model_statistics import prunable_layers
+from utils.packing import KINDS, check_same, encode, open_source, packed_sizes
+from utils.packing_container import HEADER, npy_header
+from utils.packing_format import PackedFile, Slot, is_packed
+from utils.packing_format import encode as encode_tensors
+from utils.packing_int8 import load_int8
+from utils.torchscript import ScriptMetadata, load_torchscript, to_torchscript
+from utils.weights import load_weights, save_weights
+
+INT8_VARIANTS = ("ptq_per_tensor", "ptq_per_channel")
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny_weights, tmp_path_factory) -> Path:
+    """Weights of many densities: none in one layer, all in another."""
+    weights = load_weights(tiny_weights)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for index, layer in enumerate(prunable_layers(weights.model).values()):
+            kept = torch.rand(layer.weight.shape, generator=generator) < (0.0, 0.02, 0.27, 1.0)[index % 4]
+            layer.weight.copy_(torch.where(kept, layer.weight, 0.0))
+    path = tmp_path_factory.mktemp("pruned") / "pruned.pth"
+    save_weights(path, replace(weights, metrics={"test_accuracy_pct": 81.25}), Namespace())
+    return path
+
+
+@pytest.fixture(scope="module")
+def packed(pruned, tiny_qmodel, tiny_scripted, tmp_path_factory) -> dict[str, Path]:
+    """A packed file of each kind."""
+    folder, files = tmp_path_factory.mktemp("packed"), {}
+    sources = {
+        "float32": (pruned, None),
+        "float16": (pruned, "float16"),
+        "qmodel": (tiny_qmodel, None),
+        **{variant: (tiny_scripted / f"mobilenetv2_{variant}.pt", None) for variant in INT8_VARIANTS},
+    }
+    for name, (path, dtype) in sources.items():
+        files[name] = folder / f"{name}.packed"
+        files[name].write_bytes(encode(*open_source(path, dtype)))
+    return files
+
+
+def state_bytes(path) -> dict[str, bytes]:
+    state = load_weights(path, kind=None).model.state_dict()
+    return {name: value.numpy().tobytes() for name, value in state.items()}
+
+
+def rewritten(path: Path, change) -> bytes:
+    """The archive with header (a dict) and arrays (by name) as `change` leaves them; checksums fit."""
+    file = PackedFile(path)
+    header = json.loads(json.dumps(file.header))
+    arrays = {name: file.archive.stream(name, 2**24)[0] for name in file.archive.entries if name != HEADER}
+    change(header, arrays)
+    written = io.BytesIO()
+    with zipfile.ZipFile(written, "w") as archive:
+        archive.writestr(HEADER, json.dumps(header))
+        for name, array in arrays.items():
+            archive.writestr(f"{name}.npy", npy_header(len(array)) + array.tobytes())
+    return written.getvalue()
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """Write a file and give the one line with which it is refused."""
+
+    def refuse(content: bytes, read=open_model) -> str:
+        path = tmp_path / "bad.packed"
+        path.write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            read(path)
+        assert len(str(caught.value).splitlines()) == 1
+        assert str(path) in str(caught.value)
+        return str(caught.value)
+
+    return refuse
+
+
+@given(st.lists(tensors(), max_size=5), st.sampled_from(("float32", "float16", "int8")), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_tensors_of_any_shape_density_and_type_come_back(tmp_path_factory, arrays, dtype, others):
+    """Whatever the bits; only NaN and infinity are refused."""
+    arrays = [np.resize(a.reshape(-1).view(np.uint8), a.size * np.dtype(dtype).itemsize) for a in arrays]
+    arrays = [a.astype(np.uint8).view(dtype) for a in arrays] or [np.zeros(0, dtype)]
+    slots = [Slot(f"w{i}", f"w{i}", "values", a.shape) for i, a in enumerate(arrays)]
+    contents = dict(zip((slot.name for slot in slots), arrays, strict=True))
+    if others:
+        slots += [Slot("b", "", "biases", (3,)), Slot("c", "", "batch_norm", (2, 0))]
+        contents |= {"b": np.array([1, -5, 2**31 - 1], np.int32), "c": np.zeros((2, 0), np.float32)}
+    path = tmp_path_factory.getbasetemp() / "any.packed"
+    if not all(np.isfinite(a).all() for a in arrays):
+        with pytest.raises(UserError, match="NaN or infinity"):
+            encode_tensors({}, slots, contents)
+        return
+    path.write_bytes(encode_tensors({}, slots, contents))
+    found = PackedFile(path).read(slots, {"values": [dtype], "biases": ["int32"], "batch_norm": ["float32"]})
+    assert list(found) == [slot.name for slot in slots]
+    for name, array in contents.items():
+        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
+        assert found[name].tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("name", ["float32", "qmodel"])
+def test_float32_comes_back_bit_for_bit_with_all_that_travels_with_it(name, packed, pruned, tiny_qmodel):
+    source = {"float32": pruned, "qmodel": tiny_qmodel}[name]
+    before, after = (load_weights(path, kind=None) for path in (source, packed[name]))
+    assert state_bytes(packed[name]) == state_bytes(source)
+    assert list(after.model.state_dict()) == list(before.model.state_dict())
+    for field in ("kind", "class_names", "normalization", "image_size", "metrics"):
+        assert getattr(after, field) == getattr(before, field)
+    assert after.model.architecture == before.model.architecture
+    assert all(parameter.requires_grad for parameter in after.model.parameters())
+
+
+def test_float16_is_rounded_once_and_zeros_stay(packed, pruned):
+    before, after = (load_weights(path).model.state_dict() for path in (pruned, packed["float16"]))
+    for name, value in before.items():
+        expected = value.half().float() if value.is_floating_point() else value
+        assert torch.equal(after[name], expected)
+        assert after[name].dtype == value.dtype
+        assert not after[name][value == 0].any()
+    images = torch.randn(4, 3, 32, 32)
+    models = [load_weights(path).model for path in (pruned, packed["float16"])]
+    with torch.no_grad():
+        torch.testing.assert_close(models[0](images), models[1](images), rtol=1e-2, atol=1e-2)
+    assert open_source(packed["float16"], None)[1] == "float16"
+
+
+@pytest.mark.parametrize("variant", INT8_VARIANTS)
+def test_int8_answers_as_the_torchscript_file(variant, packed, tiny_scripted):
+    expected, metadata = load_torchscript(tiny_scripted / f"mobilenetv2_{variant}.pt")
+    before = torch.backends.quantized.engine
+    found, found_metadata = load_int8(packed[variant])
+    assert torch.backends.quantized.engine == before
+    assert found_metadata == metadata
+    file = open_model(packed[variant])
+    assert (file.variant, file.engine, file.nonzeros) == (variant, metadata.engine, metadata.nonzeros)
+    file.use_engine()
+    for size in (32, 48):
+        images = torch.randn(5, 3, size, size)
+        with torch.inference_mode():
+            assert torch.equal(found(images), expected(images))
+            assert torch.equal(file.model(images), expected(images))
+
+
+@pytest.mark.parametrize("engine", ["fbgemm", "x86", "qnnpack"])
+def test_a_model_trained_in_int8_on_any_engine(engine, tiny_qmodel, tmp_path):
+    before = torch.backends.quantized.engine
+    if engine not in torch.backends.quantized.supported_engines:
+        pytest.skip(f"{engine} does not run here")
+    weights = load_weights(tiny_qmodel, "qmodel")
+    prepared = quantization.prepare_qat(weights.model)
+    quantization.calibrate_qat(prepared, [(torch.randn(8, 3, 32, 32), torch.zeros(8))])
+    try:
+        quantization.use_engine(engine)
+        scripted = to_torchscript(quantization.convert_qat(prepared), 32)
+    finally:
+        torch.backends.quantized.engine = before
+    metadata = ScriptMetadata(
+        variant="qat",
+        engine=engine,
+        architecture=weights.model.architecture,
+        class_names=weights.class_names,
+        normalization=weights.normalization,
+        image_size=32,
+        parameters=5,
+        nonzeros=4,
+        macs=3,
+        dense_size_mb=2.0,
+        nonzero_size_mb=1.0,
+    )
+    path = tmp_path / "qat.packed"
+    path.write_bytes(encode((scripted, metadata), "int8"))
+    assert PackedFile(path).header["types"]["biases"] == "int32"
+    assert "logits of 8 random images are equal" in check_same(path, (scripted, metadata), "int8")
+
+
+def test_a_reader_of_numpy_and_json_alone(packed, tiny_scripted):
+    """What the docstring of utils/packing_format.py says is enough to read the weights."""
+    with np.load(packed["ptq_per_channel"]) as archive:
+        header = json.loads(archive["header.json"])
+        bits = np.unpackbits(archive["mask"]) if "mask" in archive else None
+        values = archive["values"].view(np.int8)
+    scripted, metadata = load_torchscript(tiny_scripted / "mobilenetv2_ptq_per_channel.pt")
+    model = packing_int8.empty_model(metadata.architecture)
+    value = bit = 0
+    for encoding, (name, weight) in zip(
+        header["encodings"], packing_int8.int8_tensors(scripted, model).weights.items(), strict=True
+    ):
+        found = np.zeros(weight.numel(), np.int8)
+        places = slice(None)
+        assert encoding in "dm"
+        if encoding == "m":
+            places, bit = np.flatnonzero(bits[bit : bit + len(found)]), bit + len(found)
+        count = len(found[places])
+        found[places], value = values[value : value + count], value + count
+        assert np.array_equal(found.reshape(weight.shape), weight.int_repr().numpy()), name
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "ptq_per_channel"])
+def test_packing_a_packed_file_gives_the_same_bytes(name, packed):
+    assert encode(*open_source(packed[name], None)) == packed[name].read_bytes()
+
+
+def test_biases_that_are_no_whole_steps_come_back_as_they_are(tiny_scripted, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing_int8, "_bias_codes", lambda bias, steps: None)
+    source, dtype = open_source(tiny_scripted / "mobilenetv2_ptq_per_channel.pt", None)
+    path = tmp_path / "float_biases.packed"
+    path.write_bytes(encode(source, dtype))
+    assert PackedFile(path).header["types"]["biases"] == "float32"
+    assert "logits of 8 random images are equal" in check_same(path, source, dtype)
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "qmodel", *INT8_VARIANTS])
+def test_the_bytes_of_layers_and_kinds_add_up_to_the_file(name, packed):
+    sizes = packed_sizes(packed[name])
+    assert sizes["bytes"].sum() == packed[name].stat().st_size
+    assert sizes["bytes"].min() >= 0
+    is_int8 = name in INT8_VARIANTS
+    wanted = set(KINDS) - ({"batch_norm"} if is_int8 else {"scales"})
+    if name == "qmodel":
+        wanted.discard("positions")
+    assert set(sizes["kind"]) - {"positions"} == wanted - {"positions"}
+    layers = list(dict.fromkeys(sizes["layer"]))
+    with torch.device("meta"):
+        assert layers == [*prunable_layers(MobileNetV2(width_mult=0.1)), ""]
+    assert not sizes.duplicated(["layer", "kind"]).any()
+
+
+def test_an_empty_layer_takes_next_to_nothing(packed):
+    by_layer = packed_sizes(packed["float32"]).query("kind in ('values', 'positions')")
+    by_layer = by_layer.groupby("layer")["bytes"].sum()
+    layers = dict(zip(by_layer.index, by_layer, strict=True))
+    shapes = {
+        name: layer.weight for name, layer in prunable_layers(load_weights(packed["float32"]).model).items()
+    }
+    for index, (name, weight) in enumerate(shapes.items()):
+        if weight.numel() > 500:
+            bytes_each = layers.get(name, 0) / weight.numel()
+            low, high = ((0.0, 0.05), (0.05, 0.3), (0.8, 1.4), (3.2, 4.1))[index % 4]
+            assert low <= bytes_each <= high, name
+
+
+def test_int8_sources_take_no_other_type_and_float_ones_no_int8(packed, tiny_scripted, pruned):
+    with pytest.raises(UserError, match="is int8, which --dtype float16 cannot undo"):
+        open_source(packed["ptq_per_tensor"], "float16")
+    with pytest.raises(UserError, match=r"quantize them with post_training_quantization\.py"):
+        open_source(pruned, "int8")
+    with pytest.raises(UserError, match="float TorchScript file"):
+        open_source(tiny_scripted / "mobilenetv2_float.pt", None)
+
+
+@pytest.mark.parametrize("name", ["features.0.0.weight", "features.0.1.running_var"])
+def test_what_float16_cannot_hold_is_refused(name, tiny_weights):
+    weights = load_weights(tiny_weights)
+    with torch.no_grad():
+        weights.model.state_dict()[name].view(-1)[0] = 7e4
+    with pytest.raises(UserError, match=f"{name} has values beyond 65504"):
+        encode(weights, "float16")
+    weights.model.state_dict()[name].view(-1)[0] = float("nan")
+    for dtype in ("float16", "float32"):
+        with pytest.raises(UserError, match=name):
+            encode(weights, dtype)
+
+
+def test_weights_are_not_int8_and_int8_is_no_weights(packed):
+    with pytest.raises(UserError, match="packed int8 model: weights"):
+        load_weights(packed["ptq_per_tensor"])
+    with pytest.raises(UserError, match="holds float weights"):
+        load_int8(packed["float32"])
+    with pytest.raises(UserError, match="a qmodel"):
+        load_weights(packed["float32"], kind="qmodel")
+
+
+def test_what_is_no_packed_file(tmp_path, pruned):
+    assert not is_packed(pruned)
+    assert not is_packed(tmp_path / "missing")
+    for path, message in ((pruned, "not a packed file"), (tmp_path / "missing", "does not exist")):
+        with pytest.raises(UserError, match=message):
+            packed_sizes(path)
+
+
+def test_a_newer_version(packed, refused):
+    for name in ("float32", "ptq_per_tensor"):
+        content = rewritten(packed[name], lambda header, _: header.update(format_version=2))
+        assert "has format version 2, this program reads 1" in refused(content)
+
+
+def test_a_foreign_archive(packed, refused):
+    content = rewritten(packed["float32"], lambda header, _: header.update(format="something"))
+    assert "has format 'something'" in refused(content)
+    written = io.BytesIO()
+    with zipfile.ZipFile(written, "w") as archive:
+        archive.writestr(HEADER, "{}")
+    assert "its header cannot be read" in refused(written.getvalue())
+
+
+@pytest.mark.parametrize("part", [0.0005, 0.1, 0.5, 0.9, 0.9999])
+def test_a_truncated_file(part, packed, refused):
+    content = packed["ptq_per_channel"].read_bytes()
+    assert "truncated or damaged" in refused(content[: max(int(len(content) * part), 42)])
+
+
+@pytest.mark.parametrize("name", ["float32", "ptq_per_channel"])
+def test_a_wrong_checksum_names_the_tensor(name, packed, refused):
+    module = packing_float if name == "float32" else packing_int8
+    slots = module.read_slots(PackedFile(packed[name]))
+    for index in (0, 20, len(slots) - 1):
+
+        def change(_, arrays, index=index):
+            arrays["checksums"] = arrays["checksums"].copy()
+            arrays["checksums"][2 * index] ^= 1
+
+        order = sorted(
+            slots, key=lambda slot: ["values", "scales", "biases", "batch_norm"].index(slot.stream)
+        )
+        assert f"the checksum of {order[index].name} is wrong" in refused(rewritten(packed[name], change))
+
+
+def test_a_changed_weight_names_its_tensor(packed, refused):
+    """Though the archive's own checksums fit."""
+
+    def change(_, arrays):
+        arrays["values"] = arrays["values"].copy()
+        arrays["values"][-1] ^= 1
+
+    assert "the checksum of classifier.1.weight is wrong" in refused(rewritten(packed["qmodel"], change))
+
+
+def test_damage_within_a_compressed_stream_names_a_tensor(packed, refused):
+    content = bytearray(packed["ptq_per_channel"].read_bytes())
+    with zipfile.ZipFile(packed["ptq_per_channel"]) as archive:
+        entry = archive.getinfo("values.npy")
+    content[entry.header_offset + 30 + len("values.npy") + entry.compress_size // 2] ^= 0xFF
+    message = refused(bytes(content))
+    assert "the checksum of features." in message
+    assert ".weight is wrong" in message
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        {"width_mult": 1e5},
+        {"num_classes": 10**9},
+        {"num_classes": 10**30},
+        {"width_mult": float("nan")},
+        {"width_mult": 1e300},
+        {"num_classes": "3"},
+        {"num_classes": [3]},
+        {"depth": 3},
+        {"output_stride": 7},
+    ],
+)
+@pytest.mark.parametrize("name", ["float32", "ptq_per_tensor"])
+def test_an_architecture_is_not_believed(name, architecture, packed, refused):
+    def change(header, _):
+        header.get("metadata", header)["architecture"].update(architecture)
+
+    content = rewritten(packed[name], change)
+    tracemalloc.start()
+    try:
+        assert "does not fit MobileNetV2" in refused(content)
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
+
+
+HEADER_VALUES = (None, True, -1, 2**70, 1.5, "", "x", [], [1], {}, {"a": 1}, [[[]]])
+
+
+def mutated(path: Path, random: random.Random) -> bytes:
+    """A file with one to eight bytes changed, a piece cut, doubled or zeroed, or rewritten with an edited
+    header, with streams swapped, missing, added, shortened or lengthened, whose checksums fit.
+    """
+    content = bytearray(path.read_bytes())
+    kind = random.choice(("bits", "bits", "bits", "cut", "piece", "header", "streams"))
+    start, length = random.randrange(len(content)), random.randint(1, 200)
+    if kind == "bits":
+        for _ in range(random.randint(1, 8)):
+            content[random.randrange(len(content))] ^= random.randint(1, 255)
+    elif kind == "cut":
+        del content[start:]
+    elif kind == "piece":
+        content[start : start + length] = random.choice(
+            (b"", bytes(length), content[start : start + length] * 2)
+        )
+    elif kind == "header":
+
+        def edit(header, _):
+            place = random.choice([header, header.get("metadata", header), header["types"]])
+            place = random.choice([place, place.get("architecture", place)])
+            key = random.choice(list(place))
+            place[key] = random.choice(HEADER_VALUES)
+
+        return rewritten(path, edit)
+    else:
+
+        def edit(_, arrays):
+            first, second = random.choices(list(arrays), k=2)
+            change = random.choice(("swap", "drop", "add", "shorten", "lengthen"))
+            if change == "swap":
+                arrays[first], arrays[second] = arrays[second], arrays[first]
+            elif change == "drop":
+                del arrays[first]
+            elif change == "add":
+                arrays["more"] = arrays[first]
+            else:
+                size = len(arrays[first])
+                arrays[first] = np.resize(
+                    arrays[first], size + (length if change == "lengthen" else -min(length, size))
+                )
+
+        return rewritten(path, edit)
+    return bytes(content)
+
+
+def test_a_thousand_mutated_files_are_refused_or_hold_what_was_packed(packed, tmp_path):
+    generator, path, refusals = random.Random(0), tmp_path / "mutated.packed", 0
+    names = ("float32", "ptq_per_channel")
+    expected = {}
+    for name in names:
+        module = packing_int8 if name in INT8_VARIANTS else packing_float
+        file = PackedFile(packed[name])
+        expected[name] = module, file.read(module.read_slots(file), module.STREAM_TYPES)
+    for index in range(1000):
+        name = names[index % 2]
+        module, tensors_before = expected[name]
+        path.write_bytes(mutated(packed[name], generator))
+        try:
+            if not is_packed(path):
+                # It is taken for weights then, which have tests of their own.
+                raise UserError("other")
+            file = PackedFile(path)
+            found = file.read(module.read_slots(file), module.STREAM_TYPES)
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1
+            refusals += 1
+            continue
+        assert list(found) == list(tensors_before)
+        for key, before in tensors_before.items():
+            assert (found[key].shape, found[key].tobytes()) == (before.shape, before.tobytes())
+    assert refusals > 800
+
+
+@pytest.mark.parametrize("name", ["float32", "ptq_per_channel"])
+def test_whole_models_of_mutated_files(name, packed, tmp_path):
+    """The rest of the way, up to a model that runs."""
+    generator, path = random.Random(1), tmp_path / "mutated.packed"
+    for _ in range(40):
+        path.write_bytes(mutated(packed[name], generator))
+        try:
+            file = open_model(path)
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1
+        else:
+            assert file.parameters > 0
+
+
+def test_a_stream_that_is_longer_than_the_model_is_not_unpacked(packed, refused):
+    """A bomb in the place of a stream: 64 MB that take 64 kB."""
+    source = zipfile.ZipFile(packed["float32"])
+    written = io.BytesIO()
+    with zipfile.ZipFile(written, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in source.namelist():
+            if name == "values.npy":
+                with archive.open(name, "w") as member:
+                    member.write(npy_header(64 * 2**20))
+                    for _ in range(64):
+                        member.write(bytes(2**20))
+            else:
+                archive.writestr(name, source.read(name))
+    tracemalloc.start()
+    try:
+        assert "is wrong" in refused(written.getvalue())
+        assert tracemalloc.get_traced_memory()[1] < 2**25
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_header_is_first_and_small(packed):
+    content = packed["ptq_per_tensor"].read_bytes()
+    name_length = struct.unpack_from("<H", content, 26)[0]
+    assert content[30 : 30 + name_length] == HEADER.encode()
+    file = PackedFile(packed["ptq_per_tensor"])
+    assert file.archive.size(HEADER) < 900
+    header = packed_sizes(packed["ptq_per_tensor"]).query("kind == 'header'")["bytes"].item()
+    assert header < 2500

@@ -1,0 +1,227 @@
+from argparse import Namespace
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from models import MobileNetV2, MobileNetV2Quantization
+from utils.allocation import folded_weights
+from utils.layer_weights import file_bytes, has_batch_norms, layer_weights
+from utils.model_files import open_model
+from utils.model_statistics import model_statistics, prunable_layers
+from utils.packing import encode, open_source
+from utils.plots import KINDS, layer_kind, plot_model
+from utils.pruner import FineGrainedPruner
+from utils.weights import Weights, load_weights, save_weights
+
+SCRIPT = "scripts/plot_model.py"
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny_weights, tmp_path_factory):
+    """The tiny model at 0.3 of each layer but one, which is empty."""
+    weights = load_weights(tiny_weights)
+    ratios = dict.fromkeys(prunable_layers(weights.model), 0.3) | {"features.3.conv.1.0": 0.0}
+    FineGrainedPruner(weights.model, ratios).apply()
+    path = tmp_path_factory.mktemp("pruned") / "pruned.pth"
+    save_weights(path, weights, Namespace())
+    return path
+
+
+def check_picture(path) -> None:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 1000
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 100
+
+
+def printed_bytes(text: str) -> dict[str, int]:
+    rows = [line.split() for line in text.splitlines()]
+    return {row[0]: int(row[1]) for row in rows if len(row) == 3 and row[1].isdecimal()}
+
+
+def test_a_pruned_file_beside_the_dense_one(run_script, pruned, tiny_weights, tmp_path):
+    output = tmp_path / "m.png"
+    argv = (SCRIPT, "--weights", pruned, "--before", tiny_weights, "--o", output)
+    printed = run_script(*argv).stdout
+    check_picture(output)
+    counted = printed_bytes(printed)
+    statistics = model_statistics(load_weights(pruned).model, 32)
+    assert counted["values"] == 4 * sum(layer.parameters for layer in statistics.layers)
+    assert counted["biases"] == 4 * 3
+    assert counted["all"] == sum(counted.values()) - counted["all"] == pruned.stat().st_size
+    assert f"wrote {output}" in printed
+    first = output.read_bytes()
+    assert "--force" in run_script(*argv, expect=2).stderr
+    assert output.read_bytes() == first
+
+
+def test_a_packed_int8_file_beside_its_qmodel(run_script, tiny_scripted, tiny_qmodel, tmp_path):
+    output, packed = tmp_path / "m.png", tmp_path / "packed.npz"
+    packed.write_bytes(encode(*open_source(tiny_scripted / "mobilenetv2_ptq_per_channel.pt", None)))
+    printed = run_script(SCRIPT, "--weights", packed, "--before", tiny_qmodel, "--o", output).stdout
+    check_picture(output)
+    assert printed_bytes(printed)["all"] == packed.stat().st_size
+
+
+@pytest.mark.parametrize("variant", ["float", "ptq_per_tensor", "ptq_per_channel"])
+def test_bytes_of_a_torchscript_file(tiny_scripted, variant):
+    path = tiny_scripted / f"mobilenetv2_{variant}.pt"
+    file = open_model(path)
+    sizes = file_bytes(file).groupby("kind")["bytes"].sum()
+    layers = prunable_layers(MobileNetV2(**file.architecture)).values()
+    channels = sum(len(layer.weight) for layer in layers)
+    bytes_a_weight = 4 if variant == "float" else 1
+    assert sizes["values"] == bytes_a_weight * sum(layer.weight.numel() for layer in layers)
+    assert sizes["biases"] == 4 * channels
+    assert ("scales" in sizes) == (variant == "ptq_per_channel")
+    assert sizes.sum() == path.stat().st_size
+    assert sizes["header"] > 0
+
+
+@pytest.mark.parametrize("kind", ["float", "int8"])
+def test_what_a_packed_file_holds(pruned, tiny_scripted, tmp_path, kind):
+    source = pruned if kind == "float" else tiny_scripted / "mobilenetv2_ptq_per_channel.pt"
+    packed = tmp_path / "packed.npz"
+    packed.write_bytes(encode(*open_source(source, "float16" if kind == "float" else None)))
+    file = open_model(packed)
+    sizes = file_bytes(file)
+    assert sizes["bytes"].sum() == packed.stat().st_size
+    only = {"batch_norm"} if kind == "float" else {"scales"}
+    assert {"values", "biases", "header"} | only <= set(sizes["kind"])
+    assert not {"batch_norm", "scales"} - only & set(sizes["kind"])
+    expected = layer_weights(open_model(source))
+    for name, weight in layer_weights(file).items():
+        torch.testing.assert_close(weight, expected[name], rtol=2**-10, atol=1e-4)
+
+
+def test_weights_of_every_kind_of_file(tiny_scripted, tiny_qmodel):
+    qmodel = open_model(tiny_qmodel)
+    assert has_batch_norms(qmodel)
+    plain = layer_weights(qmodel)
+    assert all(
+        torch.equal(plain[name], layer.weight) for name, layer in prunable_layers(qmodel.model).items()
+    )
+    folded = layer_weights(qmodel, fold=True)
+    assert not torch.equal(folded["features.1.conv.1"], plain["features.1.conv.1"])
+    for variant in ("float", "ptq_per_tensor", "ptq_per_channel"):
+        file = open_model(tiny_scripted / f"mobilenetv2_{variant}.pt")
+        assert not has_batch_norms(file)
+        found = layer_weights(file, fold=True)
+        assert list(found) == list(plain)
+        if variant == "float":
+            nonzeros = sum(int(torch.count_nonzero(weight)) for weight in found.values())
+        else:
+            assert all(weight.dtype == torch.qint8 for weight in found.values())
+            nonzeros = sum(int(torch.count_nonzero(weight.int_repr())) for weight in found.values())
+        # The rest are biases, of which a model that has learned has no zeros.
+        channels = sum(len(weight) for weight in found.values())
+        assert 0 <= file.nonzeros - nonzeros <= channels
+        values = found["features.18.0"].dequantize() if variant != "float" else found["features.18.0"]
+        torch.testing.assert_close(values, folded["features.18.0"], rtol=0.1, atol=0.05)
+
+
+def test_bytes_of_a_weights_file_by_layer(pruned):
+    sizes = file_bytes(open_model(pruned))
+    assert sizes["bytes"].sum() == pruned.stat().st_size
+    by_place = sizes.set_index(["layer", "kind"])["bytes"]
+    # 8 filters of 3x3x3; scale, shift, mean and variance of 8 channels, and a counter of 8 bytes.
+    assert by_place["features.0.0", "values"] == 4 * 8 * 27
+    assert by_place["features.0.0", "batch_norm"] == 4 * 8 * 4 + 8
+    assert by_place["classifier.1", "biases"] == 4 * 3
+    assert ("classifier.1", "batch_norm") not in by_place
+    assert by_place["", "header"] > 0
+
+
+@pytest.fixture
+def figure(monkeypatch, tmp_path):
+    """Draw and give the figure instead of its pixels."""
+    drawn = SimpleNamespace()
+
+    def keep(self, path, **_):
+        drawn.axes = self.axes
+        drawn.title = self.get_suptitle()
+        path.write_bytes(b"")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", keep)
+
+    def draw(*args):
+        plot_model(tmp_path / "m.png", *args)
+        return drawn
+
+    return draw
+
+
+def test_what_is_drawn(figure, pruned, tiny_weights):
+    after, before = (
+        {name: weight.numpy() for name, weight in layer_weights(open_model(path)).items()}
+        for path in (pruned, tiny_weights)
+    )
+    kinds = ("values", "positions", "header")
+    sizes = pd.DataFrame(
+        [(name, kind, 1024 * (i + j)) for i, name in enumerate(after) for j, kind in enumerate(kinds[:2])]
+        + [("", "header", 2048)],
+        columns=["layer", "kind", "bytes"],
+    )
+    drawn = figure("the title", after, sizes, {"before": before, "after": after})
+    assert drawn.title == "the title"
+    density, count, size, *panels, totals = drawn.axes
+    heights = [bar.get_height() for bar in density.patches[:53]]
+    assert heights == [100 * np.count_nonzero(weight) / weight.size for weight in after.values()]
+    assert heights[7] == 0.0
+    rings, dots = (scatter.get_offsets()[:, 1].tolist() for scatter in count.collections[1:3])
+    assert rings == [weight.size for weight in after.values()]
+    assert dots == [max(1, np.count_nonzero(weight)) for weight in after.values()]
+    assert [label.get_text() for label in size.get_xticklabels()] == [
+        name.removeprefix("features.") for name in after
+    ]
+    assert [bar.get_height() for bar in size.patches[:106]] == [*range(53), *range(1, 54)]
+    assert [bar.get_width() for bar in totals.patches] == [sum(range(53)), sum(range(1, 54)), 2]
+    for panel, kind in zip(panels, KINDS, strict=True):
+        total = sum(weight.size for name, weight in before.items() if layer_kind(name, weight.shape) == kind)
+        assert f"{kind}: {total:,}" in panel.get_title()
+        assert "before: 100.0 % not zero (grey)" in panel.get_xlabel()
+    assert "after: 30.0 % not zero" in panels[0].get_xlabel()
+
+
+def test_an_empty_model_is_drawn(figure, tiny_weights):
+    empty = {name: np.zeros(weight.shape) for name, weight in layer_weights(open_model(tiny_weights)).items()}
+    drawn = figure("empty", empty, file_bytes(open_model(tiny_weights)), {"weights": empty})
+    assert not any(bar.get_height() for bar in drawn.axes[0].patches[:53])
+    assert "weights: 0.0 % not zero" in drawn.axes[3].get_xlabel()
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (("--weights", "nowhere.pth"), "nowhere.pth does not exist"),
+        (("--weights", "README.md"), "README.md"),
+        (("--before", "nowhere.pth"), "nowhere.pth does not exist"),
+        (("--o", "/proc/none/m.png"), "cannot be written"),
+    ],
+)
+def test_bad_arguments_are_refused(run_script, tiny_weights, tmp_path, argv, says):
+    error = run_script(SCRIPT, "--weights", tiny_weights, "--o", tmp_path / "m.png", *argv, expect=2).stderr
+    assert says in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_architecture_before_is_refused(run_script, tiny_weights, tmp_path):
+    other = tmp_path / "other.pth"
+    qmodel = MobileNetV2Quantization(num_classes=3, width_mult=0.25)
+    save_weights(other, Weights(qmodel, "qmodel"), Namespace())
+    argv = (SCRIPT, "--weights", tiny_weights, "--before", other, "--o", tmp_path / "m.png")
+    error = run_script(*argv, expect=2).stderr
+    assert f"{other} is of another architecture: features.7.conv.2 is (16, 48, 1, 1) there" in error
+    assert not (tmp_path / "m.png").exists()
+
+
+def test_folding_is_what_the_batch_norm_does(tiny_weights):
+    model = load_weights(tiny_weights).model
+    norm = model.features[0][1]
+    scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach()
+    expected = model.features[0][0].weight.detach() * scale[:, None, None, None]
+    torch.testing.assert_close(folded_weights(model)["features.0.0"], expected)

@@ -1,0 +1,241 @@
+"""int8 models as packed files: the int8 weights of a TorchScript file, and all that scales them.
+
+What comes back is built anew from its tensors and answers bit for bit as the TorchScript file did.
+
+The stream `scales` holds the scales of the activations (the images', then those of each convolution,
+linear layer and addition, in forward order), then those of each weight: one, or one an output channel.
+Zero points of the activations stand in the header; those of weights are 0.
+
+A bias is a whole number of steps of the accumulator (the scale of the input times that of the weight;
+utils/quantization.py rounds it so): that int32 is stored, if the same float32 comes out of it. The only
+difference that may be is that a bias of -0.0 comes back as 0.0, which no kernel tells apart.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models import MobileNetV2Quantization
+from utils.errors import UserError
+from utils.model_statistics import prunable_layers
+from utils.packing_format import ARCHITECTURE_ERRORS, PackedFile, Slot, encode, is_packed
+from utils.quantization import int8_model, int8_operations
+from utils.torchscript import ScriptMetadata, engine_of, graph_operations, to_torchscript
+from utils.weights import LARGEST_IMAGE_SIZE
+
+OUTPUT_SCALES = "output_scales"
+STREAM_TYPES = {"values": ("int8",), "scales": ("float32",), "biases": ("int32", "float32")}
+SIDE = 32
+"""Pixels of the image that a model is traced with; it takes any."""
+
+
+@dataclass(frozen=True)
+class Int8Tensors:
+    """What an int8 model consists of.
+
+    Args:
+        weights: qint8, by layer.
+        biases: float32 (out_channels,), by layer.
+        ranges: scale and zero point of the output of each of `int8_operations`.
+    """
+
+    weights: dict[str, Tensor]
+    biases: dict[str, Tensor]
+    ranges: dict[str, tuple[float, int]]
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether each output channel of a weight has a scale of its own."""
+        return next(iter(self.weights.values())).qscheme() == torch.per_channel_affine
+
+    def scales(self, layer: str) -> Tensor:
+        """Of a weight, float64: (out_channels,) or (1,)."""
+        weight = self.weights[layer]
+        if self.per_channel:
+            return weight.q_per_channel_scales().double()
+        return torch.tensor([weight.q_scale()], dtype=torch.float64)
+
+    def steps(self, layer: str) -> Tensor:
+        """Of the accumulator of a layer, float64: (out_channels,) or (1,)."""
+        return accumulator_steps(self.ranges, layer, self.scales(layer))
+
+
+def accumulator_steps(ranges: dict[str, tuple[float, int]], layer: str, scales: Tensor) -> Tensor:
+    """Scale of the layer's input, which is the output of the operation before it, times its weight's."""
+    names = list(ranges)
+    return ranges[names[names.index(layer) - 1]][0] * scales
+
+
+def empty_model(architecture: dict) -> MobileNetV2Quantization:
+    """A model for which no memory is taken."""
+    with torch.device("meta"):
+        return MobileNetV2Quantization(**architecture)
+
+
+def int8_slots(model: MobileNetV2Quantization, per_channel: bool) -> list[Slot]:
+    """Places for the tensors of an int8 model."""
+    layers = {name: tuple(layer.weight.shape) for name, layer in prunable_layers(model).items()}
+    return [
+        *(Slot(f"{name}.weight", name, "values", shape) for name, shape in layers.items()),
+        Slot(OUTPUT_SCALES, "", "scales", (len(int8_operations(model)),)),
+        *(
+            Slot(f"{name}.weight_scale", name, "scales", shape[:1] if per_channel else (1,))
+            for name, shape in layers.items()
+        ),
+        *(Slot(f"{name}.bias", name, "biases", shape[:1]) for name, shape in layers.items()),
+    ]
+
+
+def int8_tensors(scripted: torch.jit.ScriptModule, model: MobileNetV2Quantization) -> Int8Tensors:
+    """Read the tensors out of the graph of an int8 TorchScript model.
+
+    Args:
+        scripted: of `to_torchscript`.
+        model: of its architecture, for the names.
+
+    Raises:
+        ValueError: the graph is that of another model.
+    """
+    unpack = {
+        "quantized::conv2d": torch.ops.quantized.conv2d_unpack,
+        "quantized::linear": torch.ops.quantized.linear_unpack,
+    }
+    names = iter(int8_operations(model))
+    tensors = Int8Tensors({}, {}, {})
+    for kind, arguments, _ in graph_operations(scripted):
+        if kind in unpack:
+            name = next(names, "")
+            tensors.weights[name], tensors.biases[name] = unpack[kind](arguments[1])
+        elif kind in ("aten::quantize_per_tensor", "quantized::add"):
+            name = next(names, "")
+        else:
+            continue
+        scale, zero_point = arguments[1:3] if kind == "aten::quantize_per_tensor" else arguments[2:4]
+        tensors.ranges[name] = float(scale), int(zero_point)
+    if next(names, None) is not None or list(tensors.weights) != list(prunable_layers(model)):
+        raise ValueError("its graph is not that of an int8 MobileNetV2 of its architecture")
+    return tensors
+
+
+def encode_int8(scripted: torch.jit.ScriptModule, metadata: ScriptMetadata) -> bytes:
+    """The content of a packed file of an int8 TorchScript model.
+
+    Raises:
+        ValueError: the graph is that of another model, or a scale is no float32.
+    """
+    model = empty_model(metadata.architecture)
+    tensors = int8_tensors(scripted, model)
+    arrays: dict[str, np.ndarray] = {}
+    scales = {f"{name}.weight_scale": tensors.scales(name).numpy() for name in tensors.weights}
+    scales[OUTPUT_SCALES] = np.array([scale for scale, _ in tensors.ranges.values()])
+    for name, values in scales.items():
+        arrays[name] = values.astype(np.float32)
+        if not np.array_equal(arrays[name].astype(np.float64), values):
+            raise ValueError(f"{name} has values that are no float32")
+    codes = {}
+    for name, weight in tensors.weights.items():
+        arrays[f"{name}.weight"] = weight.int_repr().numpy()
+        codes[name] = _bias_codes(tensors.biases[name], tensors.steps(name))
+    are_whole = all(code is not None for code in codes.values())
+    for name, bias in tensors.biases.items():
+        arrays[f"{name}.bias"] = codes[name] if are_whole else bias.detach().numpy()
+    header = {
+        "dtype": "int8",
+        "per_channel": tensors.per_channel,
+        "metadata": json.loads(metadata.to_json()),
+        "zero_points": [zero_point for _, zero_point in tensors.ranges.values()],
+    }
+    return encode(header, int8_slots(model, tensors.per_channel), arrays)
+
+
+def _bias_codes(bias: Tensor, steps: Tensor) -> np.ndarray | None:
+    """The bias (out_channels,) as a whole number of steps, int32; None if another one comes out of it."""
+    codes = (bias.detach().double() / steps).round()
+    fits = bool((codes.abs() < 2**31).all())
+    return codes.int().numpy() if fits and torch.equal((codes * steps).float(), bias.detach()) else None
+
+
+def is_packed_int8(path: str | os.PathLike) -> bool:
+    """Whether the file is a packed int8 model.
+
+    Raises:
+        UserError: it is a packed file, but truncated, damaged or of another version.
+    """
+    return is_packed(path) and PackedFile(path).header.get("dtype") == "int8"
+
+
+def read_slots(file: PackedFile) -> list[Slot]:
+    """The places for tensors in a packed int8 file.
+
+    Raises:
+        UserError: its architecture is none, or it holds float weights.
+    """
+    if file.header.get("dtype") != "int8":
+        raise UserError(f"{file.path} holds float weights: a packed int8 model is wanted here")
+    try:
+        architecture = tuple(file.header["metadata"]["architecture"].items())
+        return _slots(architecture, bool(file.header["per_channel"]))
+    except ARCHITECTURE_ERRORS as error:
+        raise file.wrong(error) from error
+
+
+@lru_cache(maxsize=8)
+def _slots(architecture: tuple[tuple[str, Any], ...], per_channel: bool) -> list[Slot]:
+    return int8_slots(empty_model(dict(architecture)), per_channel)
+
+
+def load_int8(path: str | os.PathLike) -> tuple[torch.jit.ScriptModule, ScriptMetadata]:
+    """Open a packed int8 model as the TorchScript model that it was made from.
+
+    Raises:
+        UserError: the file is damaged, foreign or of another version, holds a float model, or its engine
+            does not run on this machine.
+    """
+    file = PackedFile(path)
+    arrays = file.read(read_slots(file), STREAM_TYPES)
+    try:
+        metadata = ScriptMetadata.from_json(json.dumps(file.header["metadata"]))
+        model = empty_model(metadata.architecture)
+        scales, zero_points = arrays[OUTPUT_SCALES].tolist(), file.header["zero_points"]
+        names = int8_operations(model)
+        ranges = {n: (s, z) for n, s, z in zip(names, scales, map(int, zero_points), strict=True)}
+        if not all(scale > 0 and 0 <= zero_point <= 255 for scale, zero_point in ranges.values()):
+            raise ValueError("an activation has no range")
+        if len(metadata.class_names) != metadata.architecture["num_classes"]:
+            raise ValueError(f"it names {len(metadata.class_names)} classes for another number of outputs")
+        if not 1 <= metadata.image_size <= LARGEST_IMAGE_SIZE:
+            raise ValueError(f"image_size is {metadata.image_size}")
+    except ARCHITECTURE_ERRORS as error:
+        raise file.wrong(error) from error
+    with engine_of(path, metadata):
+        weights, biases = _weights_and_biases(
+            arrays, ranges, list(prunable_layers(model)), bool(file.header["per_channel"])
+        )
+        return to_torchscript(int8_model(model, weights, biases, ranges), SIDE), metadata
+
+
+def _weights_and_biases(
+    arrays: dict[str, np.ndarray], ranges: dict[str, tuple[float, int]], layers: list[str], per_channel: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    weights, biases = {}, {}
+    for name in layers:
+        codes, scale, bias = (
+            torch.from_numpy(arrays[f"{name}.{what}"]) for what in ("weight", "weight_scale", "bias")
+        )
+        scale = scale.double()
+        if per_channel:
+            zero_points = torch.zeros(len(scale), dtype=torch.int64)
+            weights[name] = torch._make_per_channel_quantized_tensor(codes, scale, zero_points, 0)
+        else:
+            weights[name] = torch._make_per_tensor_quantized_tensor(codes, scale.item(), 0)
+        if bias.is_floating_point():
+            biases[name] = bias
+        else:
+            biases[name] = (bias.double() * accumulator_steps(ranges, name, scale)).float()
+    return weights, biases
