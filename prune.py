@@ -21,7 +21,7 @@ from utils.devices import add_amp_argument, add_device_argument, choose_device, 
 from utils.distillation import add_distillation_arguments, distillation, load_teacher
 from utils.errors import UserError
 from utils.evaluation import Evaluation, evaluate
-from utils.fast_convolution import use_fast_convolutions
+from utils.fast_training import use_fast_layers
 from utils.model_statistics import ModelStatistics, model_statistics, prunable_layers
 from utils.optimization import (
     ExponentialMovingAverage,
@@ -154,7 +154,7 @@ def recover(
     """Prune and train, pruned weights held at zero; the model that is kept, in its best state."""
     model, normalization = weights.model, weights.normalization
     if device_of(model).type == "cpu":
-        use_fast_convolutions(model)
+        use_fast_layers(model, kernels=not args.compile)
     batches = training_batches(data, normalization, args)
     ramp = CubicRamp(ramp_epochs(args) * len(batches), args.prune_every) if ramp_epochs(args) else None
     pruner = FineGrainedPruner(model, keep_ratios, ramp)
@@ -239,7 +239,7 @@ def main(args: argparse.Namespace) -> None:
     }
     save_weights(args.output, replace(weights, model=kept, metrics=metrics), args)
     if args.record:
-        runtime.write_record(args.record, args, metrics)
+        runtime.write_record(args.record, args, {**metrics, "history": progress.rows()})
     finish(args)
     print(format_accuracies(results))
     print()

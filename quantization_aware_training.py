@@ -168,7 +168,7 @@ def main(args: argparse.Namespace) -> None:
     deployments[1].save(args.output)
     rows = compare(deployments, args)
     if args.record:
-        runtime.write_record(args.record, args, {**metrics, "rows": rows})
+        runtime.write_record(args.record, args, {**metrics, "rows": rows, "history": progress.rows()})
     finish(args)
     print(f"\n{format_comparison(rows)}\n")
     print(f"wrote {args.output}")

@@ -18,7 +18,7 @@ from utils.data import load_data, measure_normalization
 from utils.devices import add_amp_argument, add_device_argument, choose_device
 from utils.errors import UserError
 from utils.evaluation import evaluate
-from utils.fast_convolution import use_fast_convolutions
+from utils.fast_training import use_fast_layers
 from utils.optimization import (
     ExponentialMovingAverage,
     add_average_argument,
@@ -139,7 +139,7 @@ def main(args: argparse.Namespace) -> None:
     normalization = measure_normalization(data)
     model = build_model(args, len(data.class_names)).to(device)
     if device.type == "cpu":
-        use_fast_convolutions(model)
+        use_fast_layers(model, kernels=not args.compile)
     average = ExponentialMovingAverage(model, args.ema) if args.ema else None
     kept: nn.Module = average.module if average else model
 
@@ -182,7 +182,7 @@ def main(args: argparse.Namespace) -> None:
         args.output, Weights(kept.cpu(), "float", data.class_names, normalization, image_size, metrics), args
     )
     if args.record:
-        runtime.write_record(args.record, args, metrics)
+        runtime.write_record(args.record, args, {**metrics, "history": progress.rows()})
     finish(args)
     print(f"kept epoch {progress.best_epoch} of {args.epochs}")
     print(f"test accuracy {test.accuracy_pct:.2f} % ({test.correct} / {test.total}), loss {test.loss:.4f}")

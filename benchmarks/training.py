@@ -2,13 +2,15 @@
 
 Usual: MobileNetV2 as torchvision builds it, in contiguous NCHW, a DataLoader over PIL images with
 torchvision's random crop and flip, SGD with Nesterov momentum. Ours: the same model, batch size,
-augmentation kind and optimizer through utils/batches.py, utils/fast_convolution.py and
-utils/training.py. Each side lives in a process of its own, since ours also sets up the allocator,
-and the two take turns: a few steps each, again and again; medians of the rounds are compared.
+augmentation kind and optimizer through utils/batches.py, utils/fast_training.py and
+utils/training.py, in float32 and, where the CPU computes with it, in bfloat16 (`train.py --amp`).
+Each side lives in a process of its own, since ours also sets up the allocator, and they take turns:
+a few steps each, again and again; medians of the rounds are compared.
 """
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import multiprocessing
 import statistics
@@ -30,7 +32,8 @@ from models.mobilenetv2 import OUTPUT_STRIDES
 from utils import cli, errors, runtime
 from utils.batches import Batches
 from utils.data import Normalization, Split, load_data, measure_normalization
-from utils.fast_convolution import use_fast_convolutions
+from utils.devices import is_fast_in_bfloat16
+from utils.fast_training import use_fast_layers
 from utils.optimization import MOMENTUM
 from utils.tables import format_table
 from utils.training import cross_entropy, train_one_epoch
@@ -97,12 +100,13 @@ class UsualLoop:
 
 
 class OurLoop:
-    """Trains as train.py does."""
+    """Trains as train.py does, with `--amp` or without."""
 
-    def __init__(self, split: Split, normalization: Normalization, case: "Case") -> None:
+    def __init__(self, split: Split, normalization: Normalization, case: "Case", amp: bool = False) -> None:
         runtime.keep_freed_memory()
+        self.amp = amp
         self.model = MobileNetV2(output_stride=case.output_stride).to(memory_format=torch.channels_last)
-        use_fast_convolutions(self.model)
+        use_fast_layers(self.model)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=LR, momentum=MOMENTUM, nesterov=True, fused=True
         )
@@ -116,11 +120,23 @@ class OurLoop:
     def step(self, count: int) -> None:
         """Train on the next `count` batches."""
         train_one_epoch(
-            self.model, itertools.islice(self.batches, count), self.optimizer, cross_entropy(), []
+            self.model, itertools.islice(self.batches, count), self.optimizer, cross_entropy(), [], self.amp
         )
 
 
-SIDES = {"usual": UsualLoop, "ours": OurLoop}
+SIDES = {"usual": UsualLoop, "ours": OurLoop, "ours_amp": functools.partial(OurLoop, amp=True)}
+
+
+COLUMNS = {
+    "output_stride": "output stride",
+    "batch_size": "batch size",
+    "usual_images_per_s": "usual img/s",
+    "ours_images_per_s": "ours img/s",
+    "ours_amp_images_per_s": "with --amp",
+    "ours_ratio": "ratio",
+    "ours_amp_ratio": "with --amp",
+}
+"""What is recorded, and the header that is printed above it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +160,9 @@ def serve(connection: Connection, side: str, case: Case, data: tuple, threads: i
 def time_case(case: Case, data: tuple, threads: int, rounds: int, steps: int) -> dict[str, list[float]]:
     """Images a second of each side in each round."""
     context = multiprocessing.get_context("spawn")
-    connections, processes, speeds = {}, [], {side: [] for side in SIDES}
-    for side in SIDES:
+    sides = [side for side in SIDES if side != "ours_amp" or is_fast_in_bfloat16()]
+    connections, processes, speeds = {}, [], {side: [] for side in sides}
+    for side in sides:
         connections[side], theirs = context.Pipe()
         # Not daemonic: the usual loop has worker processes of its own.
         process = context.Process(target=serve, args=(theirs, side, case, data, threads))
@@ -163,6 +180,11 @@ def time_case(case: Case, data: tuple, threads: int, rounds: int, steps: int) ->
     for process in processes:
         process.join()
     return speeds
+
+
+def ratio(speeds: dict[str, list[float]], side: str) -> float:
+    """How many times as fast as the usual loop a side is: the median over the rounds."""
+    return statistics.median(our / usual for our, usual in zip(speeds[side], speeds["usual"], strict=True))
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -206,27 +228,20 @@ def main(args: argparse.Namespace) -> None:
             case = Case(output_stride, batch_size)
             steps = max(1, args.images // batch_size)
             speeds = time_case(case, data, torch.get_num_threads(), args.rounds, steps)
-            usual, ours = (statistics.median(speeds[side]) for side in ("usual", "ours"))
-            rows.append(
-                {
-                    "output_stride": output_stride,
-                    "batch_size": batch_size,
-                    "usual_images_per_s": usual,
-                    "ours_images_per_s": ours,
-                    "ratio": statistics.median(
-                        our / their for our, their in zip(speeds["ours"], speeds["usual"], strict=True)
-                    ),
-                }
-            )
-    headers = ["output stride", "batch size", "usual img/s", "ours img/s", "ratio"]
+            row = {"output_stride": output_stride, "batch_size": batch_size}
+            row |= {f"{side}_images_per_s": statistics.median(values) for side, values in speeds.items()}
+            row |= {f"{side}_ratio": ratio(speeds, side) for side in speeds if side != "usual"}
+            rows.append(row)
     print(f"torch {torch.__version__}, {runtime.cpu_name()}, {torch.get_num_threads()} threads\n")
-    print(format_table(headers, [list(row.values()) for row in rows]))
+    print(format_table([COLUMNS[name] for name in rows[0]], [list(row.values()) for row in rows]))
     if args.record:
         runtime.write_record(args.record, args, {"cases": rows})
     last = rows[-1]
+    fastest = max(("ours_ratio", "ours_amp_ratio"), key=lambda name: last.get(name, 0))
     print(
-        f"ratio {last['ratio']:.2f} (training throughput, images/s at output stride "
-        f"{last['output_stride']} and batch {last['batch_size']}, ours against the usual loop)"
+        f"ratio {last[fastest]:.2f} (training throughput, images/s at output stride "
+        f"{last['output_stride']} and batch {last['batch_size']}, "
+        f"ours{' with --amp' if 'amp' in fastest else ''} against the usual loop)"
     )
 
 

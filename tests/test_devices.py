@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from quantization_aware_training import DEVICES as QAT_DEVICES
+from utils import training_kernels
 from utils.devices import DEVICES, choose_device, device_of, on_device
 from utils.errors import UserError
 
@@ -51,14 +52,21 @@ def test_the_device_is_what_is_asked_for_or_the_best_there_is(machine, gpus, ask
         ({}, {"device": "cuda"}, "--device cuda is not there: use one of cpu, or auto"),
         ({"cuda": 1}, {"device": "mps"}, "--device mps is not there: use one of cuda, cpu, or auto"),
         ({"cuda": 2, "local_rank": 2}, {"device": "auto"}, "process 2 finds 2 GPUs"),
-        ({}, {"device": "auto", "amp": True}, "--amp goes with --device cuda or mps"),
-        ({"cuda": 1}, {"device": "cpu", "amp": True}, "--amp goes with --device cuda or mps"),
+        ({}, {"device": "auto", "amp": True}, "--amp on a CPU needs one that computes with bfloat16"),
+        ({"cuda": 1}, {"device": "cpu", "amp": True}, "--amp on a CPU needs one"),
     ],
 )
-def test_a_device_that_is_not_there_is_refused(machine, gpus, args, says):
+def test_a_device_that_is_not_there_is_refused(machine, monkeypatch, gpus, args, says):
     machine(**gpus)
+    monkeypatch.setattr(training_kernels, "available", lambda: False)
     with pytest.raises(UserError, match=says):
         choose_device(Namespace(**args))
+
+
+def test_a_cpu_trains_in_bfloat16_where_that_is_fast(machine, monkeypatch):
+    machine()
+    monkeypatch.setattr("utils.devices.is_fast_in_bfloat16", lambda: True)
+    assert choose_device(Namespace(device="auto", amp=True)).type == "cpu"
 
 
 def test_batches_go_where_the_model_is():
@@ -81,7 +89,6 @@ def test_scripts_say_so_before_the_work_starts(run_script, tiny_weights, tiny_sc
     output = tmp_path / "w" / "m.pth"
     for argv, says in {
         ("train.py", "--device", "cuda", "--output", output): "--device cuda is not there",
-        ("train.py", "--amp", "--output", output): "--amp goes with",
         ("train.py", "--device", "tpu", "--output", output): "--device",
         ("quantization_aware_training.py", "--device", "cuda", "--output", output): "is not there",
         ("quantization_aware_training.py", "--device", "mps", "--output", output): "--device",

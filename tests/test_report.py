@@ -1,9 +1,17 @@
+import csv
 import json
+import re
 
 import pytest
+import torch
+from PIL import Image
 
+from benchmarks import runtimes
 from scripts.report import Results, fill
+from tests.test_results_table import evaluated, write
+from utils import report_blocks
 from utils.errors import UserError
+from utils.result_plots import training_curves
 
 RECORD = {
     "command": "python scripts/demo.py",
@@ -55,3 +63,229 @@ def test_what_is_missing_is_named(results):
         fill(README.replace("train.py", "prune.py"), results)
     with pytest.raises(UserError, match="unknown"):
         fill(README.replace("chain_table", "chair_table"), results)
+
+
+def test_a_malformed_record_is_named(results, tmp_path):
+    path = tmp_path / "demo.json"
+    path.write_text(path.read_text().replace('"latency_ms": 3.0', '"latency_ms": "3"'))
+    with pytest.raises(UserError, match=r"demo\.json is not such a record"):
+        fill(README, results)
+    path.write_text(path.read_text().replace('"variants"', '"variant"'))
+    with pytest.raises(UserError, match=r"demo\.json.*no 'variants'"):
+        fill(README, results)
+
+
+# Blocks of one benchmark each
+
+
+def test_allocations_by_method_and_density(tmp_path):
+    for name, accuracy in {
+        "uniform_271": 90.104, "lamp_271": 90.096, "erk_271": 89.9, "lamp_100": 85.0, "uniform_100": 86.5,
+    }.items():  # fmt: skip
+        write(tmp_path, f"allocation/{name}", {"val_accuracy_pct": accuracy}, epochs=3)
+    lines = report_blocks.allocation_table(Results(tmp_path), "").splitlines()
+    assert lines == [
+        "| val accuracy % at density | 27.1 % | 10 % |",
+        "|---|--:|--:|",
+        # Both are the best at two digits.
+        "| uniform | **90.10** | **86.50** |",
+        "| erk | 89.90 | – |",
+        "| lamp | **90.10** | 85.00 |",
+        "",
+        "After the same recovery of 3 epochs; the best of each column in bold.",
+    ]
+    write(tmp_path, "allocation/erk_100", {"val_accuracy_pct": None}, epochs=3)
+    with pytest.raises(UserError, match=r"erk_100\.json.*None is not a number"):
+        report_blocks.allocation_table(Results(tmp_path), "")
+
+
+def test_training_throughput(tmp_path):
+    case = {"output_stride": 16, "batch_size": 32, "usual_images_per_s": 250.4, "ours_images_per_s": 800.6}
+    write(tmp_path, "benchmarks/training", {"cases": [{**case, "ours_ratio": 3.21}]}, rounds=7)
+    lines = report_blocks.training_benchmark(Results(tmp_path), "").splitlines()
+    assert lines[2] == "| 16 | 32 | 250 | 801 | 3.21× | – | – |"
+    assert lines[-1] == "Medians of 7 rounds on A CPU, 1 thread, torch 2.9, torchvision 0.24."
+
+
+def test_training_throughput_in_bfloat16(tmp_path):
+    case = {
+        "output_stride": 16,
+        "batch_size": 32,
+        "usual_images_per_s": 250.4,
+        "ours_images_per_s": 800.6,
+        "ours_ratio": 3.21,
+        "ours_amp_images_per_s": 1500.2,
+        "ours_amp_ratio": 5.99,
+    }
+    write(tmp_path, "benchmarks/training", {"cases": [case]}, rounds=7)
+    lines = report_blocks.training_benchmark(Results(tmp_path), "").splitlines()
+    assert lines[2] == "| 16 | 32 | 250 | 801 | 3.21× | 1500 | 5.99× |"
+
+
+def test_scan_times(tmp_path):
+    measured = {"rows": 50, "images": 2000, "seconds": {"plain loop": 100.0, "ours": 25.0}, "ratio": 4.0}
+    write(tmp_path, "benchmarks/sensitivity_scan", measured)
+    lines = report_blocks.scan_benchmark(Results(tmp_path), "").splitlines()
+    assert lines[2:4] == ["| plain loop | 100.0 | 2000 |", "| ours | 25.0 | 500 |"]
+    assert lines[-1].startswith("4.00 times as fast for 50 rows over 2000 images")
+
+
+def runtime_row(model, batch_size, median_ms, times_ours, counts=False, limit_pct=None):
+    return {
+        "threads": 1, "batch_size": batch_size, "model": model, "median_latency_ms": median_ms,
+        "times_ours": times_ours, "counts": counts, "limit_pct": limit_pct,
+    }  # fmt: skip
+
+
+def test_runtimes_are_compared_with_the_best_that_counts(tmp_path):
+    rows = [
+        runtime_row(f"{runtimes.FLOAT}, frozen", 1, 2.0, 4.0),
+        runtime_row(f"{runtimes.OURS}, x86", 1, 0.5, 1.0, limit_pct=20.04),
+        runtime_row("A int8, its own", 1, 0.75, 1.6, counts=True),
+        runtime_row("B int8, our weights", 1, 0.6, 1.25, counts=True),
+        runtime_row("B int8, its own", 1, 0.1, 0.2),
+        runtime_row(runtimes.FLOAT, 32, 40.0, 4.0),
+        runtime_row(runtimes.OURS, 32, 10.0, 1.0),
+    ]
+    write(tmp_path, "benchmarks/runtimes", {"rows": rows}, rounds=60)
+    lines = report_blocks.runtimes_benchmark(Results(tmp_path), "").splitlines()
+    assert lines[2:4] == [
+        "| 1 | 1 | 0.50 | 0.60 | B int8, our weights | 0.80 | 2.00 | 20.0 |",
+        "| 1 | 32 | 10.00 | – | – | – | 40.00 | – |",
+    ]
+    write(tmp_path, "benchmarks/runtimes", {"rows": rows[2:3]}, rounds=60)
+    with pytest.raises(UserError, match=r"runtimes\.json.*TorchScript int8"):
+        report_blocks.runtimes_benchmark(Results(tmp_path), "")
+
+
+@pytest.mark.parametrize(
+    ("block", "command"),
+    [
+        ("allocation_table", "scripts/reproduce.py"),
+        ("training_benchmark", "benchmarks/training.py --record results/benchmarks/training.json"),
+        (
+            "scan_benchmark",
+            "benchmarks/sensitivity_scan.py --record results/benchmarks/sensitivity_scan.json",
+        ),
+        ("runtimes_benchmark", "benchmarks/runtimes.py --record results/benchmarks/runtimes.json"),
+    ],
+)
+def test_a_block_without_records_names_the_command(results, block, command):
+    text = f"<!-- begin {block} -->\n<!-- end {block} -->"
+    assert f"-->\n*Not measured yet: `python {command}` does it.*\n<!--" in fill(text, results)
+
+
+# The script
+
+
+def history(*accuracies):
+    return [{"epoch": epoch, "val_accuracy_pct": value} for epoch, value in enumerate(accuracies, 1)]
+
+
+def run_report(run_script, folder, expect=0):
+    argv = ("--results_dir", folder, "--readme", folder / "README.md")
+    return run_script("scripts/report.py", *argv, expect=expect)
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_second_run_changes_nothing(run_script, tmp_path):
+    (tmp_path / "README.md").write_text("<!-- begin results_table -->\n<!-- end results_table -->\n")
+    evaluated(tmp_path, "float", 92.0)
+    evaluated(tmp_path, "packed_int8", 100.0, 0.5)
+    write(tmp_path, "float", {"test_accuracy_pct": 92.0, "history": history(30.0, 60.0, 92.5)})
+    pictures = [tmp_path / name for name in ("accuracy_against_size.png", "training_curves.png")]
+    printed = run_report(run_script, tmp_path).stdout.splitlines()
+    assert printed == [f"wrote {path}" for path in (*pictures, tmp_path / "README.md")]
+    for path in pictures:
+        with Image.open(path) as image:
+            assert min(image.size) > 300
+            assert not {"Software", "Creation Time"} & image.info.keys()
+    before = content(tmp_path)
+    assert b"| packed int8 | 100.00 | +8.00 |" in before[tmp_path / "README.md"]
+    assert run_report(run_script, tmp_path).stdout.endswith("README.md is up to date\n")
+    assert content(tmp_path) == before
+    evaluated(tmp_path, "packed_int8", 91.0, 0.5)
+    run_report(run_script, tmp_path)
+    assert {path for path, found in content(tmp_path).items() if found != before[path]} == {
+        tmp_path / "README.md", pictures[0], tmp_path / "evaluate/packed_int8.json",
+    }  # fmt: skip
+
+
+def test_without_records_nothing_is_drawn(run_script, tmp_path):
+    (tmp_path / "README.md").write_text("nothing")
+    write(tmp_path, "float", {"test_accuracy_pct": 92.0})
+    run_report(run_script, tmp_path)
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_bad_input_ends_in_one_line(run_script, tmp_path):
+    (tmp_path / "README.md").write_text("nothing")
+    write(tmp_path, "qat", {"history": [{"epoch": 1}]})
+    assert "qat.json" in run_report(run_script, tmp_path, expect=2).stderr
+    argv = ("--results_dir", tmp_path / "none", "--readme", tmp_path / "README.md")
+    assert "--results_dir" in run_script("scripts/report.py", *argv, expect=2).stderr
+    assert (tmp_path / "README.md").read_text() == "nothing"
+
+
+def test_curves_by_script_and_folder(tmp_path):
+    commands = {
+        "qat_s0": "quantization_aware_training.py",
+        "float": "train.py",
+        "allocation/erk_100": "prune.py",
+    }
+    for name, script in commands.items():
+        record = write(tmp_path, name, {"history": history(50.0, 60.0)})
+        (tmp_path / f"{name}.json").write_text(json.dumps({**record, "command": f"python {script} --seed 0"}))
+    write(tmp_path, "without_val", {"history": history(None)})
+    curve = [(1, 50.0), (2, 60.0)]
+    assert list(training_curves(Results(tmp_path)).items()) == [
+        ("training", {"float": curve}),
+        ("quantization-aware training", {"qat_s0": curve}),
+        ("recovery after pruning (allocation)", {"erk_100": curve}),
+    ]
+
+
+def test_the_scan_is_drawn_as_the_scan_draws_it(run_script, tiny_folder, tiny_weights, tmp_path):
+    (tmp_path / "README.md").write_text("nothing")
+    images = ("--dataset", "folder", "--data_dir", tiny_folder, "--threads", 1)
+    run_script(
+        *("scripts/sensitivity_scan.py", "--weights", tiny_weights, *images, "--accuracy_threshold", 30),
+        *("--sparsities", 0.2, 0.6, "--split", "val", "--o", tmp_path / "scanning_log.csv"),
+        *("--record", tmp_path / "scan.json"),
+    )
+    picture = tmp_path / "scanning_log.png"
+    drawn = picture.read_bytes()
+    picture.unlink()
+    run_report(run_script, tmp_path)
+    assert picture.read_bytes() == drawn
+    log = tmp_path / "scanning_log.csv"
+    log.write_text(re.sub(r"\b\d+x3x3x3\b", "16xmany", log.read_text()))
+    assert "scanning_log.csv has a shape" in run_report(run_script, tmp_path, expect=2).stderr
+
+
+@pytest.mark.parametrize("script", ["train.py", "prune.py", "quantization_aware_training.py"])
+def test_what_is_recorded_is_the_epoch_table(run_script, request, tiny_folder, tmp_path, script):
+    output, record, template = tmp_path / "out.pth", tmp_path / "record.json", tmp_path / "template.csv"
+    argv = ["--width_mult", 0.1, "--output_stride", 32]
+    if script == "prune.py":
+        weights = request.getfixturevalue("tiny_weights")
+        run_script("scripts/generate_sparsity_dict_template.py", "--weights", weights, "--o", template)
+        argv = ["--weights", weights, "--sparsity_dict", template]
+    elif script == "quantization_aware_training.py":
+        argv = ["--weights", request.getfixturevalue("tiny_qmodel"), "--latency_rounds", 3]
+    run_script(
+        *(script, *argv, "--dataset", "folder", "--data_dir", tiny_folder, "--threads", 1, "--epochs", 2),
+        *("--batch_size", 27, "--output", output, "--record", record),
+    )
+    recorded = json.loads(record.read_text())["results"]["history"]
+    with open(tmp_path / "out.history.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["epoch"] for row in recorded] == [1, 2]
+    for row, printed in zip(recorded, table, strict=True):
+        assert list(row) == list(printed)
+        assert list(row.values()) == pytest.approx([float(cell) for cell in printed.values()], abs=1e-6)
+    if script != "quantization_aware_training.py":
+        assert "history" not in torch.load(output, weights_only=True)["metrics"]

@@ -1,6 +1,8 @@
+import copy
 import io
 import json
 import random
+import time
 import zipfile
 from argparse import Namespace
 from dataclasses import replace
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.ao.nn import quantized as int8
 
 from models import MobileNetV2
 from tests.conftest import REPOSITORY
@@ -29,6 +32,7 @@ from utils.torchscript import (
     METADATA_FILE,
     ScriptMetadata,
     float_forms,
+    fresh_copy,
     load_torchscript,
     pack_torchscript,
     save_torchscript,
@@ -194,6 +198,48 @@ def test_it_loads_whatever_engine_is_current_and_leaves_that(content, tmp_path, 
         use_engine(metadata.engine)
         with torch.inference_mode():
             assert torch.equal(loaded(images), models["ptq_per_channel"](images))
+
+
+@pytest.fixture
+def onednn():
+    if "onednn" not in torch.backends.quantized.supported_engines:
+        pytest.skip("this machine does not run the engine onednn")
+    before = torch.backends.quantized.engine
+    use_engine("onednn")
+    yield
+    torch.backends.quantized.engine = before
+
+
+def milliseconds(model, images) -> float:
+    """The fastest of several calls."""
+    times = []
+    with torch.inference_mode():
+        for _ in range(50):
+            start = time.perf_counter()
+            model(images)
+            times.append(1000 * (time.perf_counter() - start))
+    return min(times[5:])
+
+
+def test_a_new_model_is_not_bound_to_the_batch_it_was_traced_with(models, onednn):
+    images = torch.randn(8, 3, 32, 32)
+    model = copy.deepcopy(models["ptq_per_channel"])
+    for layer in model.modules():
+        if isinstance(layer, int8.Conv2d):
+            layer.set_weight_bias(layer.weight(), layer.bias())  # packed for onednn now
+    scripted, bound = to_torchscript(model, 32), fresh_copy(to_torchscript(model, 32))
+    with torch.inference_mode():
+        bound(images[:1])
+    assert milliseconds(scripted, images) < 0.7 * milliseconds(bound, images)
+
+
+@pytest.mark.parametrize("batch_size", [1, 32])
+def test_an_engine_changes_no_logit_by_more_than_a_few_steps(models, scripted, onednn, batch_size):
+    images = torch.randn(batch_size, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, logits = models["ptq_per_channel"](images), fresh_copy(scripted)(images)
+    step = models["ptq_per_channel"].classifier[-1].scale
+    torch.testing.assert_close(logits, expected, rtol=0, atol=8 * step)
 
 
 def test_every_form_of_a_float_model_answers_alike(models):

@@ -32,6 +32,7 @@ def test_it_learns_and_writes_what_it_says(train, tmp_path):
     assert content["architecture"]["output_stride"] == 32
     assert content["arguments"]["ema"] == 0.9
     results = json.loads(record.read_text())["results"]
+    assert len(results.pop("history")) == 8
     assert results == content["metrics"]
     assert results["test_accuracy_pct"] > 80
     assert f"test accuracy {results['test_accuracy_pct']:.2f} %" in printed

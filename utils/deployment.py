@@ -22,6 +22,7 @@ from utils.tables import format_table
 from utils.torchscript import (
     ScriptMetadata,
     float_forms,
+    fresh_copy,
     pack_torchscript,
     save_torchscript,
     to_torchscript,
@@ -41,7 +42,8 @@ def add_quantization_arguments(parser: ArgumentParser) -> None:
         "--backend",
         default="fbgemm",
         metavar="ENGINE",
-        help="quantization engine that the int8 models are made for: fbgemm or x86 (x86 CPUs), qnnpack (ARM)",
+        help="quantization engine that the int8 models are made for: fbgemm, x86 or onednn (x86 CPUs; "
+        "benchmarks/README.md says which is the fastest when), qnnpack (ARM)",
     )
     group.add_argument(
         "--num_calibration_batches",
@@ -147,7 +149,8 @@ def compare(deployments: Sequence[Deployment], args: Namespace) -> list[dict[str
     first = deployments[0]
     side = first.metadata.image_size
     inputs = torch.randn(args.latency_batch_size, 3, side, side).to(memory_format=torch.channels_last)
-    models = {d.metadata.variant: {"TorchScript": d.scripted} for d in deployments}
+    # Fresh, since these have run on batches of another size, which some engines do not forget.
+    models = {d.metadata.variant: {"TorchScript": fresh_copy(d.scripted)} for d in deployments}
     models[first.metadata.variant] = float_forms(first.scripted, side)
     latencies = measure_fastest_forms(models, inputs, args.latency_rounds, WARM_UP)
     _, first_latency = latencies[first.metadata.variant]

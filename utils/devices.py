@@ -6,11 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from utils import distributed
+from utils import distributed, training_kernels
 from utils.errors import UserError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
-WITH_AMP = ("cuda", "mps")
 
 
 def add_device_argument(parser: ArgumentParser, choices: Sequence[str] = DEVICES) -> None:
@@ -23,7 +22,9 @@ def add_device_argument(parser: ArgumentParser, choices: Sequence[str] = DEVICES
 def add_amp_argument(parser: ArgumentParser) -> None:
     """--amp."""
     parser.add_argument(
-        "--amp", action="store_true", help="train in bfloat16 where that is safe; with a GPU only"
+        "--amp",
+        action="store_true",
+        help="train in bfloat16 where that is safe: on a GPU, or a CPU that computes with it (and g++)",
     )
 
 
@@ -40,9 +41,10 @@ def choose_device(args: Namespace, choices: Sequence[str] = DEVICES) -> torch.de
     kind = kinds[0] if args.device == "auto" else args.device
     if kind not in kinds:
         raise UserError(f"--device {kind} is not there: use one of {', '.join(kinds)}, or auto")
-    if getattr(args, "amp", False) and kind not in WITH_AMP:
+    if getattr(args, "amp", False) and kind == "cpu" and not is_fast_in_bfloat16():
         raise UserError(
-            f"--amp goes with --device {' or '.join(WITH_AMP)}: on {kind} this model is slower in bfloat16"
+            "--amp on a CPU needs one that computes with bfloat16 (AVX512-BF16, AMX) and a C++ compiler, "
+            "such as g++: without them this model is slower in bfloat16"
         )
     args.device = kind
     if kind != "cuda":
@@ -52,6 +54,11 @@ def choose_device(args: Namespace, choices: Sequence[str] = DEVICES) -> torch.de
         raise UserError(f"process {index} finds {count} GPUs on its machine: start one process a GPU")
     torch.cuda.set_device(index)
     return torch.device(kind, index)
+
+
+def is_fast_in_bfloat16() -> bool:
+    """Whether training on this machine's CPU is faster in bfloat16."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and training_kernels.available()
 
 
 def device_of(model: nn.Module) -> torch.device:

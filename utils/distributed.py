@@ -159,7 +159,7 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize (N, C, H, W) by the statistics of all processes' N * H * W values."""
-        if not self.training:
+        if not self.training or world_size() == 1:
             return super().forward(x)
         # Variances within the processes and of their means; a difference of squares could be negative.
         x = x.float()  # with --amp it comes in bfloat16

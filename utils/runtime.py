@@ -55,7 +55,7 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     # Blocks of any size come from the heap (glibc caps the mmap threshold at 32 MiB, an activation
     # is often larger), the heap grows in large steps and is never trimmed.
-    for parameter, value in ((M_MMAP_MAX, 0), (M_TOP_PAD, 2**28), (M_TRIM_THRESHOLD, 2**31 - 1)):
+    for parameter, value in ((M_MMAP_MAX, 0), (M_TOP_PAD, 2**28), (M_TRIM_THRESHOLD, -1)):
         libc.mallopt(parameter, value)
 
 

@@ -100,6 +100,8 @@ class ScriptMetadata:
 def to_torchscript(model: nn.Module, image_size: int) -> torch.jit.ScriptModule:
     """A frozen TorchScript form of a float or int8 model, with the same outputs at any batch size.
 
+    It has not run yet: see `fresh_copy`.
+
     Args:
         model: maps images (N, 3, image_size, image_size) to logits; its batch norms are best folded.
         image_size: side in pixels; another one works as well.
@@ -109,9 +111,23 @@ def to_torchscript(model: nn.Module, image_size: int) -> torch.jit.ScriptModule:
         # Traced, not scripted: torch's int8 layers check the rank of their input with branches that
         # stay in a scripted graph and take a tenth of the time of a small batch. The model has no
         # control flow that could depend on its input.
-        return torch.jit.freeze(
+        frozen = torch.jit.freeze(
             torch.jit.trace(model.eval(), example, check_trace=False).eval(), ["training"]
         )
+    return fresh_copy(frozen)
+
+
+def fresh_copy(scripted: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    """A copy that has not run yet, with its int8 weights packed for the current engine.
+
+    With the engines x86 and onednn, each convolution keeps the kernel that was made for the first
+    batch it sees. A batch of another shape has its kernels set up in every call, which takes up to
+    three times as long, and far longer if only the images' size is another.
+    """
+    written = io.BytesIO()
+    with _quietly():
+        torch.jit.save(scripted, written)
+        return torch.jit.load(io.BytesIO(written.getvalue()), map_location="cpu")
 
 
 def pack_torchscript(scripted: torch.jit.ScriptModule, metadata: ScriptMetadata) -> bytes:

@@ -121,6 +121,10 @@ class Progress:
     best_accuracy_pct: float | None = None
     best_state: dict[str, Any] | None = None
 
+    def rows(self) -> list[dict[str, Any]]:
+        """The epoch table, a dict a row, as records and checkpoints hold it."""
+        return [_as_dict(epoch) for epoch in self.history]
+
 
 def cross_entropy(label_smoothing: float = 0.0) -> LossFunction:
     """Cross-entropy against the labels, smoothed by `label_smoothing`."""
@@ -150,7 +154,7 @@ def train_one_epoch(
     progress = tqdm(batches, desc="training", leave=False, disable=not sys.stderr.isatty())
     for images, labels in on_device(progress, device):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            logits = model(images)
+            logits = model(images).float()
             loss = loss_function(images, logits, labels)
         loss.backward()
         optimizer.step()
@@ -340,7 +344,7 @@ def _save_checkpoint(path: Path, run: Run, args: Namespace, progress: Progress) 
         "arguments": plain(args),
         "state": {name: value.state_dict() for name, value in run.stateful().items()},
         "progress": {
-            "history": [_as_dict(epoch) for epoch in progress.history],
+            "history": progress.rows(),
             "best_epoch": progress.best_epoch,
             "best_accuracy_pct": progress.best_accuracy_pct,
             "best_state": progress.best_state,

@@ -1,0 +1,192 @@
+import json
+
+import pytest
+
+from utils.errors import UserError
+from utils.report_records import Results
+from utils.results_table import PUBLISHED, Table, results_table
+
+PUBLISHED_ROWS = [
+    {"model": "float", "accuracy_pct": 80.07, "change_points": 0.0, "size_mb": 9.1, "density": 1.0,
+     "latency_ms": 27},
+    {"model": "pruned", "accuracy_pct": 73.61, "change_points": -6.46, "size_mb": 8.5, "density": 0.271,
+     "latency_ms": None},
+]  # fmt: skip
+
+
+def write(folder, name, results, **arguments):
+    """A record as `--record` writes it."""
+    record = {
+        "command": "python script.py",
+        "arguments": {"seed": 0, "dataset": "folder", **arguments},
+        "versions": {"torch": "2.9", "torchvision": "0.24"},
+        "cpu": "A CPU",
+        "threads": 1,
+        "results": results,
+    }
+    path = folder / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record))
+    return record
+
+
+def evaluated(folder, name, accuracy_pct, file_size_mb=8.76, density=1.0, macs=88_000_000, split="test"):
+    found = {"split": split, "accuracy_pct": accuracy_pct, "macs": macs, "density": density}
+    write(folder, f"evaluate/{name}", {**found, "file_size_mb": file_size_mb}, weights=f"w/{name}.pt")
+
+
+def timed(folder, **median_ms):
+    files = [
+        {"file": f"./w/{name}.pt", "median_latency_ms": ms, "p90_latency_ms": 1.25 * ms}
+        for name, ms in median_ms.items()
+    ]
+    write(folder, "latency", {"batch_size": 1, "files": files})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "published.json").write_text(json.dumps({"rows": PUBLISHED_ROWS}))
+    return tmp_path
+
+
+@pytest.fixture
+def whole(folder):
+    """Every kind of record that the table takes."""
+    evaluated(folder, "published_float", 55.0, macs=7_000_000)
+    evaluated(folder, "float_os16", 86.5, macs=27_000_000)
+    evaluated(folder, "float", 92.0)
+    for seed, accuracy in enumerate((91.5, 91.7, 91.9)):
+        evaluated(folder, f"ptq_per_channel_s{seed}", accuracy, 2.5)
+    evaluated(folder, "ptq_per_tensor_s0", 90.0, 2.25)
+    evaluated(folder, "pruned_271", 91.0, density=0.271)
+    evaluated(folder, "pruned_271_qat_s0", 90.75, 2.5, density=0.27)
+    evaluated(folder, "pruned_271_qat_s10", 90.25, 2.5, density=0.28)
+    evaluated(folder, "pruned_100", 89.0, density=0.1)
+    evaluated(folder, "packed_pruned_100_int8", 88.5, 0.375, density=0.1)
+    evaluated(folder, "packed_float16", 92.0, 4.25)
+    timed(folder, float=4.0, ptq_per_channel_s0=1.0, pruned_271=4.04)
+    return folder
+
+
+def lines_of(folder):
+    """The lines by their first cell; of equal ones the last."""
+    lines = [line for line in results_table(Results(folder)).splitlines() if line.startswith("| ")]
+    return {line.split(" | ")[0].strip("| *"): line for line in lines}
+
+
+def test_each_row_has_all_its_numbers(whole):
+    lines = lines_of(whole)
+    assert lines["float"] == "| float | 92.00 | +0.00 | 88.0 | 8.76 | 1.000 | 4.00 | 5.00 |"
+    assert lines["PTQ per channel, n = 3"] == (
+        "| PTQ per channel, n = 3 | 91.70 ± 0.20 | -0.30 | 88.0 | 2.50 | 1.000 | 1.00 | 1.25 |"
+    )
+    assert lines["PTQ per tensor, n = 1"].startswith("| PTQ per tensor, n = 1 | 90.00 | -2.00 |")
+    # The mean of both seeds, ten read as a number; the sample standard deviation of two is |a - b| / √2.
+    assert lines["pruned to 27.1 %, QAT, n = 2"] == (
+        "| pruned to 27.1 %, QAT, n = 2 | 90.50 ± 0.35 | -1.50 | 88.0 | 2.50 | 0.275 | – | – |"
+    )
+    assert lines["pruned to 27.1 %"].endswith("| 0.271 | 4.04 | 5.05 |")
+    assert lines["pruned to 10 %"].startswith("| pruned to 10 % | 89.00 | -3.00 |")
+    assert lines["pruned to 10 %, packed int8"] == (
+        "| pruned to 10 %, packed int8 | 88.50 | -3.50 | 88.0 | 0.38 | 0.100 | – | – |"
+    )
+    assert lines["float at output stride 16"].startswith(
+        "| float at output stride 16 | 86.50 | -5.50 | 27.0 |"
+    )
+
+
+def test_the_groups_and_their_order(whole):
+    lines = results_table(Results(whole)).splitlines()
+    assert lines[2:8] == [
+        "| **published** |  |  |  |  |  |  |  |",
+        "| float | 80.07 | +0.00 | – | 9.1 | 1.000 | 27 | – |",
+        "| pruned | 73.61 | -6.46 | – | 8.5 | 0.271 | – | – |",
+        "| **the published recipe, run here** |  |  |  |  |  |  |  |",
+        "| float | 55.00 | +0.00 | 7.0 | 8.76 | 1.000 | – | – |",
+        "| **ours** |  |  |  |  |  |  |  |",
+    ]
+    assert [line.split(" | ")[0][2:] for line in lines[8:-2]] == [
+        *("float at output stride 16", "float", "PTQ per tensor, n = 1", "PTQ per channel, n = 3"),
+        *("pruned to 27.1 %", "pruned to 27.1 %, QAT, n = 2", "pruned to 10 %"),
+        *("packed float16", "pruned to 10 %, packed int8"),
+    ]
+
+
+def test_where_the_numbers_come_from(whole):
+    last = results_table(Results(whole)).splitlines()[-1]
+    assert last.count("A CPU, 1 thread, torch 2.9, torchvision 0.24") == 2
+    assert "Latency at batch size 1 on" in last
+    assert last.endswith("measured on a JPEG copy (quality 75) of CIFAR-10, not on the official pixels.")
+    for path in (whole / "evaluate").iterdir():
+        path.write_text(path.read_text().replace('"folder"', '"cifar10"'))
+    assert "JPEG" not in results_table(Results(whole))
+
+
+def test_a_training_alone_gives_accuracy_only(folder):
+    write(folder, "published_recipe", {"test_accuracy_pct": 54.82})
+    write(folder, "float_os16", {"test_accuracy_pct": 86.57})
+    lines = lines_of(folder)
+    assert lines["float"] == "| float | 54.82 | +0.00 | – | – | – | – | – |"
+    # There is no float model at output stride 8 to compare with.
+    assert (
+        lines["float at output stride 16"] == "| float at output stride 16 | 86.57 | – | – | – | – | – | – |"
+    )
+    write(folder, "float", {"test_accuracy_pct": 92.0})
+    write(folder, "prune_080", {"test_accuracy_pct": 88.0, "density": 0.0801})
+    lines = lines_of(folder)
+    assert lines["float at output stride 16"].startswith("| float at output stride 16 | 86.57 | -5.43 |")
+    assert lines["pruned to 8 %"] == "| pruned to 8 % | 88.00 | -4.00 | – | – | 0.080 | – | – |"
+    evaluated(folder, "float_os16", 86.6)
+    assert lines_of(folder)["float at output stride 16"].startswith("| float at output stride 16 | 86.60 |")
+
+
+def test_no_difference_has_no_minus(folder):
+    evaluated(folder, "float", 92.0)
+    evaluated(folder, "packed_float16", 91.999)
+    assert lines_of(folder)["packed float16"].startswith("| packed float16 | 92.00 | +0.00 |")
+
+
+def test_without_any_record_of_ours_the_command_is_named(folder):
+    text = results_table(Results(folder))
+    assert {row.group for row in Table(Results(folder)).rows} == {PUBLISHED}
+    assert text.endswith("\n\n*Not measured yet: `python scripts/reproduce.py` does it.*\n")
+    (folder / "published.json").unlink()
+    assert results_table(Results(folder)) == "*Not measured yet: `python scripts/reproduce.py` does it.*\n"
+
+
+FAULTS = {
+    "no_json": (lambda record: "{", r"evaluate/float\.json is not such a record"),
+    "no_object": (lambda record: "[]", r"evaluate/float\.json is not such a record"),
+    "no_accuracy": (
+        lambda record: record.replace("accuracy_pct", "accuracy"),
+        r"evaluate/float\.json.*no 'accuracy_pct'",
+    ),
+    "text": (
+        lambda record: record.replace("8.76", '"8.76"'),
+        r"evaluate/float\.json.*'8\.76' is not a number",
+    ),
+    "nan": (lambda record: record.replace("92.0", "NaN"), r"evaluate/float\.json.*nan is not a number"),
+    "null": (lambda record: record.replace("92.0", "null"), r"evaluate/float\.json.*None is not a number"),
+    "on_val": (lambda record: record.replace('"test"', '"val"'), r"evaluate/float\.json.*split val"),
+    "binary": (lambda record: b"\xff\xfe\x00", r"evaluate/float\.json is not such a record"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_malformed_record_is_named(whole, fault):
+    spoil, says = FAULTS[fault]
+    path = whole / "evaluate/float.json"
+    spoiled = spoil(path.read_text())
+    path.write_bytes(spoiled if isinstance(spoiled, bytes) else spoiled.encode())
+    with pytest.raises(UserError, match=says):
+        results_table(Results(whole))
+
+
+def test_malformed_latencies_and_published_numbers_are_named(whole):
+    write(whole, "latency", {"batch_size": 1, "files": [{"file": "x"}]})
+    with pytest.raises(UserError, match=r"latency\.json.*median_latency_ms"):
+        results_table(Results(whole))
+    (whole / "latency.json").unlink()
+    (whole / "published.json").write_text('{"rows": [{"model": "float"}]}')
+    with pytest.raises(UserError, match=r"published\.json.*accuracy_pct"):
+        results_table(Results(whole))
