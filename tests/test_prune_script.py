@@ -115,7 +115,7 @@ def test_the_published_size_by_nonzeros():
 def test_recovery_learns_and_keeps_the_zeros(prune, mixed, tiny_weights, tmp_path):
     output = tmp_path / "p.pth"
     # Momentum, decay and the average all pull at pruned weights.
-    recipe = ("--epochs", 6, "--batch_size", 16, "--lr", 0.02, "--weight_decay", 0.01, "--ema", 0.8)
+    recipe = ("--epochs", 9, "--batch_size", 16, "--lr", 0.02, "--weight_decay", 0.01, "--ema", 0.8)
     printed = prune(mixed, output, *recipe, "--output_stride", 8).stdout
     dense, pruned = load_weights(tiny_weights).model, load_weights(output)
     ratios = read_sparsity_dict(mixed, prunable_layers(dense))

@@ -4,7 +4,9 @@ import re
 import pytest
 
 from tests.conftest import REPOSITORY
+from utils.model_statistics import count_macs
 from utils.vnni import peak_macs_per_s
+from utils.weights import load_weights
 
 SCRIPT = "benchmarks/runtimes.py"
 
@@ -23,13 +25,17 @@ def test_outputs_are_compared_and_the_ratio_comes_last(run_script, tiny_weights,
     record = tmp_path / "record.json"
     images = ("--dataset", "folder", "--data_dir", tiny_folder)
     done = run_script(
-        SCRIPT, "--quick", "--weights", tiny_weights, *images, "--record", record, "--threads", 1
+        *(SCRIPT, "--quick", "--weights", tiny_weights, "--output_stride", 8, *images),
+        *("--record", record, "--threads", 1),
     )
     last = done.stdout.splitlines()[-1]
     assert re.fullmatch(
         r"ratio \d+\.\d\d \(int8 inference, ms at batch size .* our TorchScript against .*\)", last
     )
-    rows = json.loads(record.read_text())["results"]["rows"]
+    results = json.loads(record.read_text())["results"]
+    model = load_weights(tiny_weights, output_stride=8).model
+    assert results["macs"] == sum(count_macs(model, 32).values())
+    rows = results["rows"]
     assert {(row["threads"], row["batch_size"]) for row in rows} == {(1, 1), (1, 32)}
     for row in rows:
         if "float" in row["model"]:

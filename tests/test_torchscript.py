@@ -2,7 +2,6 @@ import copy
 import io
 import json
 import random
-import time
 import zipfile
 from argparse import Namespace
 from dataclasses import replace
@@ -208,29 +207,6 @@ def onednn():
     use_engine("onednn")
     yield
     torch.backends.quantized.engine = before
-
-
-def milliseconds(model, images) -> float:
-    """The fastest of several calls."""
-    times = []
-    with torch.inference_mode():
-        for _ in range(50):
-            start = time.perf_counter()
-            model(images)
-            times.append(1000 * (time.perf_counter() - start))
-    return min(times[5:])
-
-
-def test_a_new_model_is_not_bound_to_the_batch_it_was_traced_with(models, onednn):
-    images = torch.randn(8, 3, 32, 32)
-    model = copy.deepcopy(models["ptq_per_channel"])
-    for layer in model.modules():
-        if isinstance(layer, int8.Conv2d):
-            layer.set_weight_bias(layer.weight(), layer.bias())  # packed for onednn now
-    scripted, bound = to_torchscript(model, 32), fresh_copy(to_torchscript(model, 32))
-    with torch.inference_mode():
-        bound(images[:1])
-    assert milliseconds(scripted, images) < 0.7 * milliseconds(bound, images)
 
 
 @pytest.mark.parametrize("batch_size", [1, 32])

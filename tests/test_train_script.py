@@ -25,11 +25,12 @@ def train(run_script, tiny_folder):
 
 def test_it_learns_and_writes_what_it_says(train, tmp_path):
     output, record = tmp_path / "w" / "m.pth", tmp_path / "record.json"
-    recipe = ("--epochs", 8, "--batch_size", 16, "--lr", 0.02, "--ema", 0.9)
+    # At output stride 32 the last maps have one pixel, and what so small a batch learns is up to chance.
+    recipe = ("--epochs", 8, "--batch_size", 16, "--lr", 0.02, "--ema", 0.9, "--output_stride", 16)
     printed = train(output, *recipe, "--record", record).stdout
     content = torch.load(output, weights_only=True)
     assert content["class_names"] == list(TINY_CLASSES)
-    assert content["architecture"]["output_stride"] == 32
+    assert content["architecture"]["output_stride"] == 16
     assert content["arguments"]["ema"] == 0.9
     results = json.loads(record.read_text())["results"]
     assert len(results.pop("history")) == 8
