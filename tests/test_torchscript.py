@@ -1,4 +1,3 @@
-import copy
 import io
 import json
 import random
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.ao.nn import quantized as int8
 
 from models import MobileNetV2
 from tests.conftest import REPOSITORY
