@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint reproduce clean
 
 demo: $(VENV)/.runtime ## the whole chain on drawn images, offline
 	$(BIN)/python scripts/demo.py --output_dir demo --force
@@ -15,6 +15,11 @@ test: $(VENV)/.development ## lint, then every test
 lint: $(VENV)/.development ## mend what can be mended, show the rest
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+reproduce: $(VENV)/.development ## every command behind the README's numbers, in order; hours
+	$(BIN)/python -m pip install -r requirements-benchmarks.txt
+	$(BIN)/python scripts/reproduce.py $(DATA)
+	$(BIN)/python scripts/report.py
 
 clean: ## remove what the targets above made; weights and results stay
 	rm -rf $(VENV) demo

@@ -5,20 +5,46 @@ skipped, so that an interrupted run goes on where it stopped; a training goes on
 """
 
 import argparse
+import itertools
 import json
+import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import cli, errors
+from utils.allocation import METHODS
+from utils.devices import is_fast_in_bfloat16
 from utils.steps import command_line, run_script
 from utils.training import checkpoint_path
+
+FREE_FLAGS = re.compile(r" --(force|resume|threads \d+)\b")
+"""What a number does not depend on."""
 
 RUNS = Path("runs")
 RESULTS = Path("results")
 WEIGHTS = Path("weights")
+
+PUBLISHED = RUNS / "published/mobilenetv2.pth"
+FLOAT_OS16 = RUNS / "float_os16/mobilenetv2.pth"
+FLOAT = WEIGHTS / "mobilenetv2_cifar10.pth"
+SCANNING_LOG = RESULTS / "scanning_log.csv"
+PRUNED = {"271": WEIGHTS / "mobilenetv2_cifar10_pruned.pth", "100": RUNS / "pruned_100/mobilenetv2.pth"}
+"""By density in thousandths."""
+SEEDS = (0, 1, 2)
+INT8_KINDS = ("ptq_per_tensor", "ptq_per_channel", "qat")
+PRUNING_RECIPE = (
+    "--schedule", "gradual", "--ramp_epochs", 2, "--epochs", 4, "--optimizer", "muon", "--lr", "0.05",
+    "--muon_lr", "0.0125",
+)  # fmt: skip
+QAT_RECIPE = ("--epochs", 1, "--num_train_batches", 100, "--lr", "1e-3")
+ENGINE = "onednn"
+"""The fastest one at output stride 8."""
+SCAN_THRESHOLD_PCT = 88
+"""Of val accuracy, below which the scan does not recommend to go."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +81,8 @@ class Step:
             command = json.loads(self.record.read_text())["command"]
         except (OSError, ValueError, KeyError):
             return False
-        command = command.removesuffix(" --force").removesuffix(" --resume")
-        return command == command_line(self.script, *self.argv, "--record", self.record)
+        own = command_line(self.script, *self.argv, "--record", self.record)
+        return FREE_FLAGS.sub("", command) == FREE_FLAGS.sub("", own)
 
 
 TRAINING = ("train.py", "prune.py", "quantization_aware_training.py")
@@ -76,24 +102,181 @@ def steps(data: list[str]) -> list[Step]:
     Args:
         data: --dataset, --data_dir and the like, for the scripts that need images.
     """
-    published = RUNS / "published/mobilenetv2.pth"
-    float_weights = WEIGHTS / "mobilenetv2_cifar10.pth"
+    amp = ["--amp"] if is_fast_in_bfloat16() else []
     return [
-        Step(
-            "the published recipe", 40, "train.py",
-            (*data, "--optimizer", "adam", "--lr", "1e-4", "--scheduler", "none", "--weight_decay", 0,
-             "--augment", "none", "--batch_size", 32, "--epochs", 24, "--output_stride", 32,
-             "--output", published),
-            published, RESULTS / "published_recipe.json",
-        ),
-        Step(
-            "the float model, at output strides 32 and then 16", 90, "train.py",
-            (*data, "--optimizer", "muon", "--lr", "0.2", "--muon_lr", "0.05", "--epochs", 30,
-             "--early_output_strides", "32:10", "--output_stride", 16, "--dropout", 0,
-             "--label_smoothing", "0.1", "--compile", "--output", float_weights),
-            float_weights, RESULTS / "float_os16.json",
-        ),
-    ]  # fmt: skip
+        *float_steps(data, amp),
+        *pruning_steps(data, amp),
+        *int8_steps(data),
+        *packing_steps(),
+        *measuring_steps(data),
+        *allocation_steps(data, amp),
+        *benchmark_steps(),
+    ]
+
+
+def float_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
+    """The published recipe, and ours: coarse output strides first, since they are cheap."""
+    yield Step(
+        "the published recipe", 40, "train.py",
+        (*data, "--optimizer", "adam", "--lr", "1e-4", "--scheduler", "none", "--weight_decay", 0,
+         "--augment", "none", "--batch_size", 32, "--epochs", 24, "--output_stride", 32,
+         "--output", PUBLISHED),
+        PUBLISHED, RESULTS / "published_recipe.json",
+    )  # fmt: skip
+    muon = ("--optimizer", "muon", "--lr", "0.2", "--muon_lr", "0.05", "--epochs", 30)
+    sharp = ("--dropout", 0, "--label_smoothing", "0.1")
+    yield Step(
+        "the float model at output strides 32 and then 16", 60, "train.py",
+        (*data, *muon, "--early_output_strides", "32:10", "--output_stride", 16, *sharp, "--compile",
+         "--output", FLOAT_OS16),
+        FLOAT_OS16, RESULTS / "float_os16.json",
+    )  # fmt: skip
+    yield Step(
+        "the same weights at output stride 8", 75, "train.py",
+        (*data, "--weights", FLOAT_OS16, *muon, "--early_output_strides", "16:8", "--output_stride", 8,
+         *sharp, *amp, "--output", FLOAT),
+        FLOAT, RESULTS / "float.json",
+    )  # fmt: skip
+
+
+def pruning_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
+    """The sensitivity scan, and for each density the share of each layer and the training."""
+    yield Step(
+        "prune each layer alone and see what it costs", 10, "scripts/sensitivity_scan.py",
+        (*data, "--weights", FLOAT, "--split", "val", "--accuracy_threshold", SCAN_THRESHOLD_PCT,
+         "--sparsities", "0.1", "0.2", "0.4", "0.7", "--o", SCANNING_LOG),
+        SCANNING_LOG, RESULTS / "scan.json",
+    )  # fmt: skip
+    for name, pruned in PRUNED.items():
+        sparsity_dict = RESULTS / f"sparsity_dict_{name}.csv"
+        yield Step(
+            f"share a density of {int(name) / 10:.1f} % out among the layers", 0.2,
+            "scripts/allocate_sparsity.py",
+            ("--weights", FLOAT, "--target", f"0.{name}", "--o", sparsity_dict), sparsity_dict,
+        )  # fmt: skip
+        yield Step(
+            "prune and recover", 20, "prune.py",
+            (*data, *amp, "--weights", FLOAT, "--sparsity_dict", sparsity_dict, "--teacher", FLOAT,
+             *PRUNING_RECIPE, "--output", pruned),
+            pruned, RESULTS / f"pruned_{name}.json",
+        )  # fmt: skip
+
+
+def int8_sources() -> dict[str, Path]:
+    """What is quantized, by the prefix of the names of what comes out."""
+    return {"": FLOAT} | {f"pruned_{name}_": path for name, path in PRUNED.items()}
+
+
+def int8_folder(prefix: str, seed: int) -> Path:
+    """Where the int8 files that were made with a seed are."""
+    return RUNS / f"int8/{prefix}s{seed}"
+
+
+def int8_steps(data: list[str]) -> Iterator[Step]:
+    """PTQ and QAT with several seeds, of the float model and of the pruned ones."""
+    for prefix, source in int8_sources().items():
+        qmodel = RUNS / f"int8/{prefix}qmodel.pth"
+        yield Step("convert for quantization", 0.1, "scripts/to_qmodel_weights.py",
+                   ("--weights", source, "--output", qmodel), qmodel)  # fmt: skip
+        for seed in SEEDS:
+            folder, common = (
+                int8_folder(prefix, seed),
+                ("--weights", qmodel, "--backend", ENGINE, "--seed", seed),
+            )
+            yield Step(
+                f"quantize after training, seed {seed}", 1, "post_training_quantization.py",
+                # Accuracies and times are measured below.
+                (*data, *common, "--num_eval_batches", 1, "--latency_rounds", 1, "--output_dir", folder),
+                folder, folder / "ptq.json",
+            )  # fmt: skip
+            yield Step(
+                f"quantize while training, seed {seed}", 5, "quantization_aware_training.py",
+                (*data, *common, "--teacher", FLOAT, *QAT_RECIPE, "--output", folder / "mobilenetv2_qat.pt"),
+                folder / "mobilenetv2_qat.pt", folder / "qat.json",
+            )  # fmt: skip
+
+
+def packed_files() -> dict[str, tuple[Path, tuple[str, ...]]]:
+    """By name: what is packed, and the flags."""
+    float16 = ("--dtype", "float16")
+    files = {"packed_float16": (FLOAT, float16)}
+    for name, pruned in PRUNED.items():
+        files[f"packed_pruned_{name}_float16"] = pruned, float16
+        files[f"packed_pruned_{name}_int8"] = int8_folder(f"pruned_{name}_", 0) / "mobilenetv2_qat.pt", ()
+    return files
+
+
+def packing_steps() -> Iterator[Step]:
+    """Files that are as small as what is in them."""
+    for name, (source, flags) in packed_files().items():
+        packed = RUNS / f"packed/{name}.npz"
+        yield Step(
+            "pack", 0.2, "scripts/pack_weights.py", ("--weights", source, *flags, "--o", packed), packed
+        )
+
+
+def models() -> dict[str, Path]:
+    """Every model of the table by its name."""
+    found = {"published_float": PUBLISHED, "float_os16": FLOAT_OS16, "float": FLOAT}
+    found |= {f"pruned_{name}": path for name, path in PRUNED.items()}
+    for prefix, kind, seed in itertools.product(int8_sources(), INT8_KINDS, SEEDS):
+        found[f"{prefix}{kind}_s{seed}"] = int8_folder(prefix, seed) / f"mobilenetv2_{kind}.pt"
+    return found | {name: RUNS / f"packed/{name}.npz" for name in packed_files()}
+
+
+def measuring_steps(data: list[str]) -> Iterator[Step]:
+    """Accuracy on the test images, once for each model; times of all of them in the same rounds."""
+    for name, path in models().items():
+        record = RESULTS / f"evaluate/{name}.json"
+        yield Step(f"evaluate {name}", 0.5, "evaluate.py", (*data, "--weights", path), record, record)
+    # Seeds and packing change no time.
+    timed = [
+        path
+        for name, path in models().items()
+        if not (name.endswith(("_s1", "_s2")) or path.suffix == ".npz")
+    ]
+    latency = RESULTS / "latency.json"
+    yield Step("time them side by side", 3, "scripts/benchmarks.py",
+               ("--threads", 1, "--model_file", *timed), latency, latency)  # fmt: skip
+
+
+def allocation_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
+    """The methods of sharing out a density, compared at output stride 16 after an epoch of recovery."""
+    log = RUNS / "allocation/scanning_log.csv"
+    yield Step(
+        "scan at output stride 16", 8, "scripts/sensitivity_scan.py",
+        (*data, "--weights", FLOAT_OS16, "--split", "val", "--accuracy_threshold", 85,
+         "--sparsities", "0.1", "0.3", "0.6", "--o", log),
+        log, log.with_suffix(".json"),
+    )  # fmt: skip
+    special = {"global": ("--spare", "classifier"), "sensitivity": ("--scanning_log", log)}
+    for target, method in itertools.product(("100", "271", "150"), METHODS):
+        sparsity_dict = RUNS / f"allocation/{method}_{target}.csv"
+        yield Step(
+            f"allocate by {method}", 0.2, "scripts/allocate_sparsity.py",
+            ("--weights", FLOAT_OS16, "--target", f"0.{target}", "--method", method, *special.get(method, ()),
+             "--o", sparsity_dict),
+            sparsity_dict,
+        )  # fmt: skip
+        record = RESULTS / f"allocation/{method}_{target}.json"
+        yield Step(
+            f"prune by it to {int(target) / 10:.1f} %", 2, "prune.py",
+            (*data, *amp, "--weights", FLOAT_OS16, "--sparsity_dict", sparsity_dict, "--optimizer", "muon",
+             "--lr", "0.05", "--muon_lr", "0.0125", "--epochs", 1, "--label_smoothing", "0.1",
+             "--output", sparsity_dict.with_suffix(".pth")),
+            record, record,
+        )  # fmt: skip
+
+
+def benchmark_steps() -> Iterator[Step]:
+    """The claims about speed; see benchmarks/README.md."""
+    for name, minutes, argv in (
+        ("training", 8, ()),
+        ("sensitivity_scan", 5, ()),
+        ("runtimes", 8, ("--weights", FLOAT)),
+    ):
+        record = RESULTS / f"benchmarks/{name}.json"
+        yield Step(f"benchmark: {name}", minutes, f"benchmarks/{name}.py", argv, record, record)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -105,7 +288,9 @@ def main(args: argparse.Namespace) -> None:
     to_do = steps(data)
     anew = False
     for number, step in enumerate(to_do, 1):
-        heading = f"[{number}/{len(to_do)}] {step.title}, about {step.minutes:g} minutes"
+        heading = (
+            f"[{number}/{len(to_do)}] {step.title}, about {step.minutes:g} minute{'s' * (step.minutes != 1)}"
+        )
         if args.list:
             print(f"{heading}\n  {command_line(step.script, *step.arguments())}")
         elif not anew and step.is_done():
