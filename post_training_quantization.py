@@ -59,8 +59,8 @@ def main(args: argparse.Namespace) -> None:
     calibrated = calibrate(weights.model, calibration_batches(data, weights.normalization, args))
     models = {
         "float": fold_batch_norms(weights.model),
-        "ptq_per_tensor": post_training_quantize(calibrated, per_channel=False),
-        "ptq_per_channel": post_training_quantize(calibrated, per_channel=True),
+        "ptq_per_tensor": post_training_quantize(calibrated, False, args.weight_bits),
+        "ptq_per_channel": post_training_quantize(calibrated, True, args.weight_bits),
     }
     print("[2/3] evaluating on test images", flush=True)
     test = Batches(data.test, weights.normalization, args.batch_size, limit=args.num_eval_batches)

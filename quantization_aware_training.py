@@ -117,7 +117,7 @@ def train(
     args: argparse.Namespace,
 ) -> tuple[nn.Module, Progress]:
     """Quantization-aware training on a device; the int8 model of its best epoch."""
-    model = prepare_qat(weights.model).to(device)
+    model = prepare_qat(weights.model, args.weight_bits).to(device)
     calibrate_qat(model, calibration_batches(data, weights.normalization, args))
     pruner = FineGrainedPruner.from_zeros(model)
     batches = replace(training_batches(data, weights.normalization, args), limit=args.num_train_batches)

@@ -34,13 +34,14 @@ FLOAT = WEIGHTS / "mobilenetv2_cifar10.pth"
 SCANNING_LOG = RESULTS / "scanning_log.csv"
 PRUNED = {"271": WEIGHTS / "mobilenetv2_cifar10_pruned.pth", "100": RUNS / "pruned_100/mobilenetv2.pth"}
 """By density in thousandths."""
-SEEDS = (0, 1, 2)
+SEEDS = {"": (0, 1, 2), "pruned_271_": (0, 1, 2), "pruned_100_": (0,)}
+"""Of the int8 models, by the prefix of their names; the float model has none."""
 INT8_KINDS = ("ptq_per_tensor", "ptq_per_channel", "qat")
 PRUNING_RECIPE = (
-    "--schedule", "gradual", "--ramp_epochs", 2, "--epochs", 4, "--optimizer", "muon", "--lr", "0.05",
+    "--schedule", "gradual", "--ramp_epochs", 1, "--epochs", 3, "--optimizer", "muon", "--lr", "0.05",
     "--muon_lr", "0.0125",
 )  # fmt: skip
-QAT_RECIPE = ("--epochs", 1, "--num_train_batches", 100, "--lr", "1e-3")
+QAT_RECIPE = ("--epochs", 1, "--num_train_batches", 40, "--lr", "1e-3")
 ENGINE = "onednn"
 """The fastest one at output stride 8."""
 SCAN_THRESHOLD_PCT = 88
@@ -144,7 +145,7 @@ def pruning_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
     yield Step(
         "prune each layer alone and see what it costs", 10, "scripts/sensitivity_scan.py",
         (*data, "--weights", FLOAT, "--split", "val", "--accuracy_threshold", SCAN_THRESHOLD_PCT,
-         "--sparsities", "0.1", "0.2", "0.4", "0.7", "--o", SCANNING_LOG),
+         "--sparsities", "0.1", "0.3", "0.6", "--o", SCANNING_LOG),
         SCANNING_LOG, RESULTS / "scan.json",
     )  # fmt: skip
     for name, pruned in PRUNED.items():
@@ -158,13 +159,8 @@ def pruning_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
             "prune and recover", 20, "prune.py",
             (*data, *amp, "--weights", FLOAT, "--sparsity_dict", sparsity_dict, "--teacher", FLOAT,
              *PRUNING_RECIPE, "--output", pruned),
-            pruned, RESULTS / f"pruned_{name}.json",
+            pruned, RESULTS / f"prune_{name}.json",
         )  # fmt: skip
-
-
-def int8_sources() -> dict[str, Path]:
-    """What is quantized, by the prefix of the names of what comes out."""
-    return {"": FLOAT} | {f"pruned_{name}_": path for name, path in PRUNED.items()}
 
 
 def int8_folder(prefix: str, seed: int) -> Path:
@@ -174,11 +170,12 @@ def int8_folder(prefix: str, seed: int) -> Path:
 
 def int8_steps(data: list[str]) -> Iterator[Step]:
     """PTQ and QAT with several seeds, of the float model and of the pruned ones."""
-    for prefix, source in int8_sources().items():
+    for prefix, seeds in SEEDS.items():
+        source = PRUNED[prefix[-4:-1]] if prefix else FLOAT
         qmodel = RUNS / f"int8/{prefix}qmodel.pth"
         yield Step("convert for quantization", 0.1, "scripts/to_qmodel_weights.py",
                    ("--weights", source, "--output", qmodel), qmodel)  # fmt: skip
-        for seed in SEEDS:
+        for seed in seeds:
             folder, common = (
                 int8_folder(prefix, seed),
                 ("--weights", qmodel, "--backend", ENGINE, "--seed", seed),
@@ -219,8 +216,9 @@ def models() -> dict[str, Path]:
     """Every model of the table by its name."""
     found = {"published_float": PUBLISHED, "float_os16": FLOAT_OS16, "float": FLOAT}
     found |= {f"pruned_{name}": path for name, path in PRUNED.items()}
-    for prefix, kind, seed in itertools.product(int8_sources(), INT8_KINDS, SEEDS):
-        found[f"{prefix}{kind}_s{seed}"] = int8_folder(prefix, seed) / f"mobilenetv2_{kind}.pt"
+    for prefix, seeds in SEEDS.items():
+        for kind, seed in itertools.product(INT8_KINDS, seeds):
+            found[f"{prefix}{kind}_s{seed}"] = int8_folder(prefix, seed) / f"mobilenetv2_{kind}.pt"
     return found | {name: RUNS / f"packed/{name}.npz" for name in packed_files()}
 
 

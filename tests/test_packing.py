@@ -24,7 +24,7 @@ from utils.model_files import open_model
 from utils.model_statistics import prunable_layers
 from utils.packing import KINDS, check_same, encode, open_source, packed_sizes
 from utils.packing_container import HEADER, npy_header
-from utils.packing_format import PackedFile, Slot, is_packed
+from utils.packing_format import STREAMS, PackedFile, Slot, is_packed
 from utils.packing_format import encode as encode_tensors
 from utils.packing_int8 import load_int8
 from utils.torchscript import ScriptMetadata, load_torchscript, to_torchscript
@@ -197,6 +197,20 @@ def test_a_model_trained_in_int8_on_any_engine(engine, tiny_qmodel, tmp_path):
     assert "logits of 8 random images are equal" in check_same(path, (scripted, metadata), "int8")
 
 
+def test_fewer_bits_take_fewer_bytes_and_come_back_bit_for_bit(tiny_qmodel, tiny_scripted, tmp_path):
+    _, metadata = load_torchscript(tiny_scripted / "mobilenetv2_ptq_per_channel.pt")
+    weights, sizes = load_weights(tiny_qmodel, "qmodel"), {}
+    for per_channel in (True, False):
+        calibrated = quantization.calibrate(weights.model, [(torch.randn(8, 3, 32, 32), torch.zeros(8))])
+        for bits in (8, 6, 4):
+            path = tmp_path / f"{bits}.packed"
+            scripted = to_torchscript(quantization.post_training_quantize(calibrated, per_channel, bits), 32)
+            path.write_bytes(encode((scripted, metadata), "int8"))
+            assert "logits of 8 random images are equal" in check_same(path, (scripted, metadata), "int8")
+            sizes[bits] = path.stat().st_size
+        assert sizes[4] < 0.85 * sizes[6] < 0.85 * 0.9 * sizes[8]
+
+
 def test_a_reader_of_numpy_and_json_alone(packed, tiny_scripted):
     """What the docstring of utils/packing_format.py says is enough to read the weights."""
     with np.load(packed["ptq_per_channel"]) as archive:
@@ -224,12 +238,20 @@ def test_packing_a_packed_file_gives_the_same_bytes(name, packed):
     assert encode(*open_source(packed[name], None)) == packed[name].read_bytes()
 
 
-def test_biases_that_are_no_whole_steps_come_back_as_they_are(tiny_scripted, tmp_path, monkeypatch):
-    monkeypatch.setattr(packing_int8, "_bias_codes", lambda bias, steps: None)
-    source, dtype = open_source(tiny_scripted / "mobilenetv2_ptq_per_channel.pt", None)
-    path = tmp_path / "float_biases.packed"
+@pytest.mark.parametrize("variant", INT8_VARIANTS)
+def test_biases_and_scales_that_are_others_come_back_as_they_are(
+    variant, tiny_scripted, tmp_path, monkeypatch
+):
+    source, dtype = open_source(tiny_scripted / f"mobilenetv2_{variant}.pt", None)
+    path = tmp_path / "others.packed"
     path.write_bytes(encode(source, dtype))
-    assert PackedFile(path).header["types"]["biases"] == "float32"
+    types = PackedFile(path).header["types"]
+    assert (types["biases"], types["scales"]) == ("int32", "int8")
+    monkeypatch.setattr(packing_int8, "_bias_codes", lambda bias, units: None)
+    monkeypatch.setattr(packing_int8, "_scale_codes", lambda scales: None)
+    path.write_bytes(encode(source, dtype))
+    types = PackedFile(path).header["types"]
+    assert (types["biases"], types["scales"]) == ("float32", "float32")
     assert "logits of 8 random images are equal" in check_same(path, source, dtype)
 
 
@@ -302,10 +324,13 @@ def test_what_is_no_packed_file(tmp_path, pruned):
             packed_sizes(path)
 
 
-def test_a_newer_version(packed, refused):
+def test_another_version(packed, refused):
     for name in ("float32", "ptq_per_tensor"):
-        content = rewritten(packed[name], lambda header, _: header.update(format_version=2))
-        assert "has format version 2, this program reads 1" in refused(content)
+        for version in (1, 3):
+            content = rewritten(
+                packed[name], lambda header, _, version=version: header.update(format_version=version)
+            )
+            assert f"has format version {version}, this program reads 2" in refused(content)
 
 
 def test_a_foreign_archive(packed, refused):
@@ -333,9 +358,7 @@ def test_a_wrong_checksum_names_the_tensor(name, packed, refused):
             arrays["checksums"] = arrays["checksums"].copy()
             arrays["checksums"][2 * index] ^= 1
 
-        order = sorted(
-            slots, key=lambda slot: ["values", "scales", "biases", "batch_norm"].index(slot.stream)
-        )
+        order = sorted(slots, key=lambda slot: STREAMS.index(slot.stream))
         assert f"the checksum of {order[index].name} is wrong" in refused(rewritten(packed[name], change))
 
 

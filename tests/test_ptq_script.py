@@ -171,6 +171,16 @@ def test_zeros_of_a_pruned_model_are_zeros_of_its_files(quantize, run_script, ti
         assert nonzeros < metadata.nonzeros < nonzeros + (metadata.parameters * 0.2)
 
 
+def test_fewer_bits_use_fewer_codes(quantize, tiny_qmodel, tmp_path):
+    quantize(
+        *("--weights", tiny_qmodel, "--output_dir", tmp_path, "--weight_bits", 4, "--num_eval_batches", 1)
+    )
+    for variant in VARIANTS[1:]:
+        largest = [int(weight.abs().max()) for weight, _ in int8_layers(files_of(tmp_path)[variant])]
+        assert largest[0] > 60  # the first layer
+        assert sum(value in (6, 7) for value in largest) == 53 - 18, variant
+
+
 # qmodel files
 
 
@@ -241,6 +251,13 @@ def test_images_of_other_classes(run_script, tiny_qmodel, tmp_path):
     argv = ("--dataset", "synthetic", "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "out")
     done = run_script("post_training_quantization.py", "--weights", tiny_qmodel, *argv, expect=2)
     assert "has 3 classes, the images have 10" in done.stderr
+
+
+@pytest.mark.parametrize("value", ["3", "9", "6.5", "x"])
+def test_bits_that_there_are_not(quantize, value):
+    message = refused(quantize, "--weight_bits", value)
+    assert "--weight_bits" in message
+    assert value in message
 
 
 @pytest.mark.parametrize("flag", ["--batch_size", "--num_eval_batches", "--num_calibration_batches"])

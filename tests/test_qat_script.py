@@ -140,6 +140,14 @@ def test_limits_and_a_teacher(train, tiny_qmodel, tiny_weights, tmp_path):
     assert "another normalization" in train(tiny_qmodel, tmp_path / "c.pt", *argv, expect=2).stderr
 
 
+def test_fewer_bits_use_fewer_codes(train, tiny_qmodel, tmp_path):
+    argv = ("--epochs", 1, "--num_train_batches", 2, "--num_eval_batches", 1, "--weight_bits", 5)
+    train(tiny_qmodel, tmp_path / "qat.pt", *argv)
+    largest = [int(weight.abs().max()) for weight, _ in int8_layers(tmp_path / "qat.pt")]
+    assert largest[0] > 60  # the first layer
+    assert sum(12 <= value <= 15 for value in largest) == 53 - 18
+
+
 # When ranges and batch norms are held
 
 
@@ -180,6 +188,8 @@ def test_bad_input_is_found_before_the_work_starts(train, trained, tiny_qmodel, 
         (tiny_qmodel, new, "--lr", "-1"): "--lr",
         (tiny_qmodel, new, "--num_train_batches", "0"): "--num_train_batches",
         (tiny_qmodel, new, "--freeze_ranges", "2"): "--freeze_ranges",
+        (tiny_qmodel, new, "--weight_bits", "3"): "--weight_bits",
+        (tiny_qmodel, new, "--weight_bits", "x"): "--weight_bits",
     }.items():
         assert message in train(weights, file, *argv, expect=2).stderr
     assert not list(tmp_path.iterdir())

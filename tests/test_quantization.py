@@ -1,9 +1,13 @@
 import copy
+import math
 from argparse import Namespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
+from torch.ao.quantization import FakeQuantize
 
 from models import MobileNetV2Quantization
 from utils.batches import Batches, normalize
@@ -13,9 +17,12 @@ from utils.evaluation import evaluate
 from utils.model_statistics import prunable_layers
 from utils.pruner import FineGrainedPruner
 from utils.quantization import (
+    BIAS_UNITS_A_STEP,
     LARGEST_PAIR,
+    WEIGHT_BITS,
     ActivationObserver,
     WeightObserver,
+    bias_units,
     calibrate,
     calibrate_qat,
     convert_qat,
@@ -24,8 +31,11 @@ from utils.quantization import (
     freeze_ranges,
     int8_parameters,
     largest_pair,
+    layer_bits,
     post_training_quantize,
     prepare_qat,
+    scale_codes,
+    scale_of,
     use_engine,
 )
 from utils.weights import load_weights
@@ -148,9 +158,81 @@ def test_no_two_neighbours_can_overflow_16_bits(shape, per_channel):
         sums = largest_pair(codes)
         assert sums.max() <= LARGEST_PAIR
         smallest_largest = min(smallest_largest, (sums if per_channel else sums.max()).min().item())
-    # The range is used up: a scale that is too careful would leave more.
-    assert smallest_largest >= 126
+    # The range is used up, but for the eighth of an octave by which a scale may be larger.
+    assert smallest_largest >= 126 / 2 ** (1 / 8)
     assert 255 * LARGEST_PAIR < 2**15
+
+
+@st.composite
+def weights_of_any_kind(draw) -> torch.Tensor:
+    """Even or with outliers, dense or pruned, small or large, with dead filters."""
+    shape = draw(st.sampled_from([(4, 1, 3, 3), (6, 3, 3, 3), (5, 40, 1, 1), (3, 33), (2, 1, 1, 1)]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    values = torch.randn(shape, generator=generator) ** draw(st.sampled_from((1, 3, 7)))
+    kept = torch.rand(shape, generator=generator) < draw(st.sampled_from((0.0, 0.1, 0.5, 1.0)))
+    kept[draw(st.integers(0, shape[0] - 1))] = draw(st.booleans())
+    return values * kept * 10.0 ** draw(st.integers(-4, 2))
+
+
+@given(weights_of_any_kind(), st.sampled_from(WEIGHT_BITS), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_codes_of_all_bits_keep_their_range_and_the_rule_of_pairs(weight, bits, per_channel):
+    quantizer = FakeQuantize(WeightObserver, per_channel=per_channel, bits=bits)
+    rounded, scale = quantizer(weight), quantizer.scale.view(-1, *[1] * (weight.dim() - 1))
+    codes = rounded / scale
+    assert torch.allclose(codes, codes.round(), atol=1e-4)
+    codes = codes.round()
+    assert codes.abs().max() <= 2 ** (bits - 1) - 1
+    assert largest_pair(codes).max() <= LARGEST_PAIR
+    assert not codes[weight == 0].any()
+    assert not quantizer.zero_point.any()
+    assert len(quantizer.scale) == (len(weight) if per_channel else 1)
+    assert torch.equal(scale_of(scale_codes(quantizer.scale)), quantizer.scale)
+    # A weight is off by half a scale, or large and clipped by a twelfth.
+    error = (rounded - weight).abs()
+    largest = weight.abs().flatten(1).amax(1)
+    largest = (largest if per_channel else largest.max()).view(-1, *[1] * (weight.dim() - 1))
+    assert (error <= 0.5001 * scale + (0.09 * largest if bits < 8 else 0)).all()
+
+
+@given(st.floats(2**-20, 2**10, width=32))
+@settings(max_examples=300, deadline=None)
+def test_a_scale_is_the_next_of_eight_an_octave(value):
+    scale = scale_of(scale_codes(torch.tensor([value])))
+    assert scale.dtype == torch.float32
+    assert value * (1 - 1e-6) <= scale.item() <= value * 2 ** (1 / 8) * (1 + 1e-6)
+    assert scale.item() == pytest.approx(
+        2.0 ** (round(8 * math.log2(scale.item()) - 0.5) / 8 + 1 / 16), rel=1e-6
+    )
+
+
+def test_a_scale_that_is_possible_stays():
+    codes = torch.arange(0, 256, dtype=torch.int)
+    assert torch.equal(scale_codes(scale_of(codes)), codes)
+    assert scale_of(codes)[::8].tolist() == pytest.approx(
+        [2.0**k * 2 ** (1 / 16) for k in range(-20, 12)], rel=1e-6
+    )
+
+
+def test_the_largest_weight_of_few_bits_is_clipped_if_that_costs_less():
+    """Weights are 15.2 and 15.45 steps of the smaller scale, 13.9 and 14.2 of the larger one."""
+    whole = torch.arange(-15.0, 16.0)
+    one, all_of_them = torch.cat([whole, torch.tensor([15.2])]), torch.full_like(whole, 15.45)
+    for weight, expected in ((one, 160), (all_of_them, 161)):
+        observer = WeightObserver(per_channel=True, bits=5)
+        observer(weight.view(1, -1) * scale_of(torch.tensor([160])))
+        assert scale_codes(observer.calculate_qparams()[0]).tolist() == [expected]
+
+
+def test_the_first_layer_and_the_depthwise_ones_keep_8_bits(weights):
+    layers = {layer: name for name, layer in prunable_layers(weights.model).items()}
+    found = {layers[layer]: bits for layer, bits in layer_bits(weights.model, 4).items()}
+    assert list(found) == list(layers.values())
+    wide = [name for name, bits in found.items() if bits == 8]
+    assert wide == ["features.0.0", "features.1.conv.0.0"] + [
+        f"features.{block}.conv.1.0" for block in range(2, 18)
+    ]
+    assert set(found.values()) == {4, 8}
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -335,6 +417,55 @@ def test_pruned_weights_are_zero_in_int8(weights, batches, test_images, keep_rat
     if not keep_ratio:  # biases alone are left
         expected = logits_of(model, test_images)
         torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+def test_few_bits_use_few_codes_and_keep_zeros(weights, batches, bits, per_channel):
+    model = pruned(weights.model, 0.27)
+    int8 = post_training_quantize(calibrate(model, batches), per_channel, bits)
+    allowed = {
+        name: value for value, name in zip(layer_bits(model, bits).values(), zeros_of(model), strict=True)
+    }
+    parameters = int8_parameters(int8)
+    for name, zeros in zeros_of(model).items():
+        codes = parameters[name]
+        assert codes.abs().max() <= 2 ** (allowed[name] - 1) - 1, name
+        assert largest_pair(codes.float()).max() <= LARGEST_PAIR, name
+        assert not codes[zeros].any(), name
+        if allowed[name] < 8:
+            assert codes.abs().max() >= 0.75 * 2 ** (bits - 1), name
+
+
+def test_fewer_bits_answer_less_exactly(weights, calibrated, test_images):
+    expected = logits_of(weights.model, test_images)
+    found = [
+        signal_to_noise_db(expected, logits_of(post_training_quantize(calibrated, True, bits), test_images))
+        for bits in (8, 6, 4)
+    ]
+    assert found[0] > found[1] > found[2] > 3
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_training_and_calibration_agree_on_codes(weights, batches, bits):
+    trained = prepare_qat(weights.model, bits)
+    calibrate_qat(trained, batches)
+    found = int8_parameters(convert_qat(trained))
+    expected = int8_parameters(post_training_quantize(calibrate(weights.model, batches), True, bits))
+    for name, codes in expected.items():
+        if name.endswith("weight"):
+            assert torch.equal(found[name], codes), name
+
+
+def test_biases_are_rounded_to_a_power_of_two_of_steps():
+    """Brought up to at most a quarter of the output's step; those that are larger stay."""
+    steps = torch.tensor([1e-9, 1e-4, 0.0025, 0.003, 1.0], dtype=torch.float64)
+    units = bias_units(steps, 0.02)
+    most = 0.02 / BIAS_UNITS_A_STEP
+    assert ((units[:3] <= most) & (units[:3] > most / 2)).all()
+    assert units[3:].tolist() == [0.003, 1.0]
+    mantissas, _ = torch.frexp(units / steps)
+    assert (mantissas == 0.5).all()
 
 
 def test_biases_are_whole_accumulator_steps(calibrated):

@@ -10,6 +10,7 @@ from utils.batches import Batches
 from utils.data import Normalization, Split
 from utils.errors import UserError
 from utils.fast_convolution import use_fast_convolutions
+from utils.fast_training import use_fast_layers
 from utils.optimization import ExponentialMovingAverage, build_optimizer, build_scheduler
 from utils.training import cross_entropy, train_one_epoch
 
@@ -75,12 +76,13 @@ def test_average_follows_the_formula():
     assert average.module.num_batches_tracked == 2
 
 
-def test_train_one_epoch_counts_as_a_plain_loop_does():
+@pytest.mark.parametrize("make_fast", [use_fast_convolutions, use_fast_layers])
+def test_train_one_epoch_counts_as_a_plain_loop_does(make_fast):
     torch.manual_seed(0)
     split = Split(torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8), torch.randint(3, (50,)))
     batches = Batches(split, Normalization((0.5,) * 3, (0.25,) * 3), 16, shuffle=True, epoch=1)
     ours, plain = small_model(output_stride=32), small_model(output_stride=32)
-    use_fast_convolutions(ours)
+    make_fast(ours)
     calls = []
     optimizer = torch.optim.SGD(ours.parameters(), lr=1e-4)
     loss, accuracy_pct = train_one_epoch(

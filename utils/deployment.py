@@ -16,7 +16,7 @@ from utils.evaluation import Evaluation, evaluate
 from utils.files import BYTES_PER_MB
 from utils.latency import measure_fastest_forms
 from utils.model_statistics import count_macs
-from utils.quantization import int8_parameters
+from utils.quantization import WEIGHT_BITS, int8_parameters
 from utils.runtime import cpu_name
 from utils.tables import format_table
 from utils.torchscript import (
@@ -33,7 +33,7 @@ WARM_UP = 10
 
 
 def add_quantization_arguments(parser: ArgumentParser) -> None:
-    """--weights, --backend, --num_calibration_batches, --num_eval_batches, and those of the timing."""
+    """--weights, --backend, --weight_bits, batches of calibration and evaluation, those of the timing."""
     group = parser.add_argument_group("quantization")
     group.add_argument(
         "--weights", default="qmodel.pth", help="qmodel, as scripts/to_qmodel_weights.py writes it"
@@ -44,6 +44,15 @@ def add_quantization_arguments(parser: ArgumentParser) -> None:
         metavar="ENGINE",
         help="quantization engine that the int8 models are made for: fbgemm, x86 or onednn (x86 CPUs; "
         "benchmarks/README.md says which is the fastest when), qnnpack (ARM)",
+    )
+    group.add_argument(
+        "--weight_bits",
+        type=int,
+        choices=WEIGHT_BITS,
+        default=8,
+        help="codes of the weights: 6 are -31 to 31. They stay int8, as fast and as large, until "
+        "scripts/pack_weights.py makes fewer codes a smaller file. The first layer and the depthwise "
+        "ones, 3 %% of the weights, keep 8 bits",
     )
     group.add_argument(
         "--num_calibration_batches",

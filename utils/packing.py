@@ -22,6 +22,8 @@ from utils.weights import Weights, is_torchscript, load_weights
 
 DTYPES = ("float32", "float16", "int8")
 KINDS = ("values", "positions", "scales", "biases", "batch_norm", "header")
+KIND_OF_STREAM = {"mask": "positions", "gaps": "positions", "ranges": "scales"}
+"""Of the others, the kind is the name."""
 CHECK_IMAGES = 8
 
 Int8Model = tuple[torch.jit.ScriptModule, ScriptMetadata]
@@ -153,7 +155,7 @@ def packed_sizes(path: str | os.PathLike) -> pd.DataFrame:
         alone.setdefault(slot.stream, []).append((slot.layer, planes_size(values)))
     rows = []
     for stream, parts in alone.items():
-        kind = "positions" if stream in ("mask", "gaps") else stream
+        kind = KIND_OF_STREAM.get(stream, stream)
         layers, weights = zip(*parts, strict=True)
         ends = np.cumsum(weights, dtype=np.float64)
         ends = np.rint(ends * (file.archive.size(stream) / max(ends[-1], 1))).astype(int)

@@ -6,7 +6,7 @@ methods of the zip format, so `numpy.load`, Python's `zipfile` and programs that
 (7-Zip does, Info-ZIP's unzip does not) open the file.
 
 What keeps it small: deflate codes bytes by their frequency alone and starts a new table where a new
-plane of a stream begins; .npy headers are not padded; member names are short.
+plane of a stream begins, or a layer of int8 weights; .npy headers are not padded; member names are short.
 
 What keeps the reader safe: no size that stands in the file is used to allocate; a member is
 decompressed in steps up to a limit that the caller names.

@@ -7,9 +7,9 @@ What is in the archive (utils/packing_container.py; all arrays are bytes):
     mask           a bit for each weight of the layers with m: whether it is not zero; first bit highest
     gaps           zeros in front of each value of the layers with g; 255 is 255 zeros and no value
     values         weights: all of the layers with d, of the others those that are not zero
-    scales, biases, batch_norm    all of them, always dense
+    scales, biases, batch_norm, ranges    all of them, always dense
     checksums      the lower two bytes of the CRC-32 of each tensor (little-endian, dense), in the order
-                   of the streams: values, scales, biases, batch_norm
+                   of the streams: values, scales, biases, batch_norm, ranges
 
 A stream of n numbers holds first the most significant byte of each, then the next (utils/packing_codecs.py
 says how a sign is placed). Names and shapes stand nowhere: they are those of MobileNetV2 with the header's
@@ -35,8 +35,8 @@ from utils.packing_codecs import DENSE, GAPS, MASK, Places, choose, from_planes,
 from utils.packing_container import HEADER, Archive, pack_archive
 
 FORMAT = "mobilenetv2-packed"
-FORMAT_VERSION = 1
-STREAMS = ("values", "scales", "biases", "batch_norm")
+FORMAT_VERSION = 2
+STREAMS = ("values", "scales", "biases", "batch_norm", "ranges")
 """The streams of numbers, in the order of the checksums."""
 CHECKSUM_BYTES = 2
 LARGEST_HEADER = 2**20
@@ -102,6 +102,9 @@ def encode(header: dict[str, Any], slots: Sequence[Slot], tensors: dict[str, np.
             header = {**header, "encodings": encodings}
         planes = to_planes(np.concatenate(parts))
         breaks = [plane * planes.shape[1] for plane in range(1, len(planes))]
+        if not breaks:
+            # Codes of few bits are common in one layer and rare in the next.
+            breaks = np.cumsum([len(part) for part in parts]).tolist()
         streams[stream] = (planes.reshape(-1), breaks)
     streams["checksums"] = (np.frombuffer(checksums, np.uint8), ())
     header = {"format": FORMAT, "format_version": FORMAT_VERSION, **header, "types": types}

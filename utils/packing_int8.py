@@ -2,13 +2,14 @@
 
 What comes back is built anew from its tensors and answers bit for bit as the TorchScript file did.
 
-The stream `scales` holds the scales of the activations (the images', then those of each convolution,
-linear layer and addition, in forward order), then those of each weight: one, or one an output channel.
-Zero points of the activations stand in the header; those of weights are 0.
+The stream `ranges` holds the scales of the activations (the images', then those of each convolution,
+linear layer and addition, in forward order); their zero points stand in the header. The stream `scales`
+holds those of each weight, one, or one an output channel: their numbers (`scale_codes`) less 128 as int8,
+if the same float32 comes out of them. Zero points of weights are 0.
 
-A bias is a whole number of steps of the accumulator (the scale of the input times that of the weight;
-utils/quantization.py rounds it so): that int32 is stored, if the same float32 comes out of it. The only
-difference that may be is that a bias of -0.0 comes back as 0.0, which no kernel tells apart.
+A bias is a whole number of `bias_units` of its layer (utils/quantization.py, which rounds it so), which
+follow from the scales: that int32 is stored, if the same float32 comes out of it. The only difference
+that may be is that a bias of -0.0 comes back as 0.0, which no kernel tells apart.
 """
 
 import json
@@ -25,12 +26,19 @@ from models import MobileNetV2Quantization
 from utils.errors import UserError
 from utils.model_statistics import prunable_layers
 from utils.packing_format import ARCHITECTURE_ERRORS, PackedFile, Slot, encode, is_packed
-from utils.quantization import int8_model, int8_operations
+from utils.quantization import bias_units, int8_model, int8_operations, scale_codes, scale_of
 from utils.torchscript import ScriptMetadata, engine_of, graph_operations, to_torchscript
 from utils.weights import LARGEST_IMAGE_SIZE
 
 OUTPUT_SCALES = "output_scales"
-STREAM_TYPES = {"values": ("int8",), "scales": ("float32",), "biases": ("int32", "float32")}
+STREAM_TYPES = {
+    "values": ("int8",),
+    "scales": ("int8", "float32"),
+    "biases": ("int32", "float32"),
+    "ranges": ("float32",),
+}
+FIRST_CODE = -128
+"""As int8, of the smallest scale."""
 SIDE = 32
 """Pixels of the image that a model is traced with; it takes any."""
 
@@ -61,15 +69,17 @@ class Int8Tensors:
             return weight.q_per_channel_scales().double()
         return torch.tensor([weight.q_scale()], dtype=torch.float64)
 
-    def steps(self, layer: str) -> Tensor:
-        """Of the accumulator of a layer, float64: (out_channels,) or (1,)."""
-        return accumulator_steps(self.ranges, layer, self.scales(layer))
+    def bias_units(self, layer: str) -> Tensor:
+        """Of what its biases are multiples, float64: (out_channels,) or (1,)."""
+        return layer_bias_units(self.ranges, layer, self.scales(layer))
 
 
-def accumulator_steps(ranges: dict[str, tuple[float, int]], layer: str, scales: Tensor) -> Tensor:
-    """Scale of the layer's input, which is the output of the operation before it, times its weight's."""
+def layer_bias_units(ranges: dict[str, tuple[float, int]], layer: str, scales: Tensor) -> Tensor:
+    """Of what a layer's biases are multiples; its input is the output of the operation before it."""
     names = list(ranges)
-    return ranges[names[names.index(layer) - 1]][0] * scales
+    input_scale, _ = ranges[names[names.index(layer) - 1]]
+    output_scale, _ = ranges[layer]
+    return bias_units(input_scale * scales, output_scale)
 
 
 def empty_model(architecture: dict) -> MobileNetV2Quantization:
@@ -83,12 +93,12 @@ def int8_slots(model: MobileNetV2Quantization, per_channel: bool) -> list[Slot]:
     layers = {name: tuple(layer.weight.shape) for name, layer in prunable_layers(model).items()}
     return [
         *(Slot(f"{name}.weight", name, "values", shape) for name, shape in layers.items()),
-        Slot(OUTPUT_SCALES, "", "scales", (len(int8_operations(model)),)),
         *(
             Slot(f"{name}.weight_scale", name, "scales", shape[:1] if per_channel else (1,))
             for name, shape in layers.items()
         ),
         *(Slot(f"{name}.bias", name, "biases", shape[:1]) for name, shape in layers.items()),
+        Slot(OUTPUT_SCALES, "", "ranges", (len(int8_operations(model)),)),
     ]
 
 
@@ -131,20 +141,19 @@ def encode_int8(scripted: torch.jit.ScriptModule, metadata: ScriptMetadata) -> b
     """
     model = empty_model(metadata.architecture)
     tensors = int8_tensors(scripted, model)
-    arrays: dict[str, np.ndarray] = {}
-    scales = {f"{name}.weight_scale": tensors.scales(name).numpy() for name in tensors.weights}
-    scales[OUTPUT_SCALES] = np.array([scale for scale, _ in tensors.ranges.values()])
-    for name, values in scales.items():
-        arrays[name] = values.astype(np.float32)
-        if not np.array_equal(arrays[name].astype(np.float64), values):
-            raise ValueError(f"{name} has values that are no float32")
-    codes = {}
-    for name, weight in tensors.weights.items():
-        arrays[f"{name}.weight"] = weight.int_repr().numpy()
-        codes[name] = _bias_codes(tensors.biases[name], tensors.steps(name))
-    are_whole = all(code is not None for code in codes.values())
-    for name, bias in tensors.biases.items():
-        arrays[f"{name}.bias"] = codes[name] if are_whole else bias.detach().numpy()
+    scales = {name: _float32(name, tensors.scales(name)) for name in tensors.weights}
+    output_scales = torch.tensor([scale for scale, _ in tensors.ranges.values()], dtype=torch.float64)
+    arrays = {f"{name}.weight": weight.int_repr().numpy() for name, weight in tensors.weights.items()}
+    arrays[OUTPUT_SCALES] = _float32(OUTPUT_SCALES, output_scales).numpy()
+    biases = {name: bias.detach() for name, bias in tensors.biases.items()}
+    bias_codes = {name: _bias_codes(bias, tensors.bias_units(name)) for name, bias in biases.items()}
+    for kind, values, codes in (
+        ("weight_scale", scales, {name: _scale_codes(scale) for name, scale in scales.items()}),
+        ("bias", biases, bias_codes),
+    ):
+        are_codes = all(code is not None for code in codes.values())
+        for name, value in (codes if are_codes else values).items():
+            arrays[f"{name}.{kind}"] = value.numpy()
     header = {
         "dtype": "int8",
         "per_channel": tensors.per_channel,
@@ -154,11 +163,24 @@ def encode_int8(scripted: torch.jit.ScriptModule, metadata: ScriptMetadata) -> b
     return encode(header, int8_slots(model, tensors.per_channel), arrays)
 
 
-def _bias_codes(bias: Tensor, steps: Tensor) -> np.ndarray | None:
-    """The bias (out_channels,) as a whole number of steps, int32; None if another one comes out of it."""
-    codes = (bias.detach().double() / steps).round()
+def _float32(name: str, values: Tensor) -> Tensor:
+    if not torch.equal(values.float().double(), values):
+        raise ValueError(f"{name} has values that are no float32")
+    return values.float()
+
+
+def _scale_codes(scales: Tensor) -> Tensor | None:
+    """The scales (n,) of a weight as int8; None if others come out of it."""
+    codes = scale_codes(scales) + FIRST_CODE
+    fits = bool((codes <= 127).all())
+    return codes.to(torch.int8) if fits and torch.equal(scale_of(codes - FIRST_CODE), scales) else None
+
+
+def _bias_codes(bias: Tensor, units: Tensor) -> Tensor | None:
+    """The bias (out_channels,) as a whole number of units, int32; None if another one comes out of it."""
+    codes = (bias.double() / units).round()
     fits = bool((codes.abs() < 2**31).all())
-    return codes.int().numpy() if fits and torch.equal((codes * steps).float(), bias.detach()) else None
+    return codes.int() if fits and torch.equal((codes * units).float(), bias) else None
 
 
 def is_packed_int8(path: str | os.PathLike) -> bool:
@@ -228,7 +250,7 @@ def _weights_and_biases(
         codes, scale, bias = (
             torch.from_numpy(arrays[f"{name}.{what}"]) for what in ("weight", "weight_scale", "bias")
         )
-        scale = scale.double()
+        scale = (scale if scale.is_floating_point() else scale_of(scale.int() - FIRST_CODE)).double()
         if per_channel:
             zero_points = torch.zeros(len(scale), dtype=torch.int64)
             weights[name] = torch._make_per_channel_quantized_tensor(codes, scale, zero_points, 0)
@@ -237,5 +259,5 @@ def _weights_and_biases(
         if bias.is_floating_point():
             biases[name] = bias
         else:
-            biases[name] = (bias.double() * accumulator_steps(ranges, name, scale)).float()
+            biases[name] = (bias.double() * layer_bias_units(ranges, name, scale)).float()
     return weights, biases
