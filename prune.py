@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from utils import cli, errors, files, runtime
+from utils import cli, distributed, errors, files, runtime
 from utils.batches import Batches
 from utils.compilation import add_compile_argument, check_compiler
 from utils.data import ImageData, load_data
@@ -220,6 +220,9 @@ def main(args: argparse.Namespace) -> None:
     progress = Progress()
     if args.epochs:
         kept, progress = recover(weights, keep_ratios, teacher, data, args)
+    if not distributed.is_main():
+        return
+    if args.epochs:
         results["recovered"] = evaluate(kept, test)
         print(f"kept epoch {progress.best_epoch} of {args.epochs}")
         print()

@@ -11,7 +11,7 @@ from torch import nn
 
 from models import MobileNetV2
 from models.mobilenetv2 import OUTPUT_STRIDES
-from utils import cli, errors, files, runtime
+from utils import cli, distributed, errors, files, runtime
 from utils.batches import Batches
 from utils.compilation import add_compile_argument, check_compiler
 from utils.data import load_data, measure_normalization
@@ -169,6 +169,8 @@ def main(args: argparse.Namespace) -> None:
         args,
     )
 
+    if not distributed.is_main():
+        return
     kept.load_state_dict(progress.best_state)
     test = evaluate(kept, Batches(data.test, normalization, EVALUATION_BATCH_SIZE))
     metrics = {

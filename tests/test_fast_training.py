@@ -162,4 +162,14 @@ def test_a_compiler_that_fails_is_none(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert training_kernels._library.__wrapped__() is None
-    assert [path.name for path in tmp_path.iterdir()] == ["g++"]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["g++"]
+
+
+@needs_compiler
+def test_kernels_are_built_once_and_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert training_kernels._library.__wrapped__() is not None
+    (library,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    made = library.stat().st_mtime_ns
+    assert training_kernels._library.__wrapped__() is not None
+    assert library.stat().st_mtime_ns == made

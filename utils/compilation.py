@@ -16,8 +16,8 @@ def add_compile_argument(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="train with torch.compile: minutes of waiting in front of the first step, then faster; "
-        "needs a C++ compiler",
+        help="train with torch.compile instead of our own kernels (for a GPU): minutes of waiting in front of "
+        "the first step; needs a C++ compiler",
     )
 
 

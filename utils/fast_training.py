@@ -22,10 +22,15 @@ def use_fast_layers(model: nn.Module, kernels: bool = True) -> None:
     Args:
         kernels: whether to use our own, if there is a compiler for them; torch.compile does not know them.
     """
-    if kernels and training_kernels.available():
+    # The processes of a run exchange sums in an order that is not the same without kernels.
+    if kernels and all(distributed.gather(training_kernels.available())):
         use_training_kernels(model)
-    else:
-        use_fast_convolutions(model)
+        return
+    if kernels:
+        print(
+            "no C++ compiler works here (such as g++): training with torch's own operations, which are slower"
+        )
+    use_fast_convolutions(model)
 
 
 def use_training_kernels(model: nn.Module) -> None:

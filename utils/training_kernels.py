@@ -10,13 +10,12 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-
-from utils.files import atomic_write
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 COMPILERS = ("g++", "c++", "clang++")
@@ -192,8 +191,9 @@ def _build(compiler: str) -> Path:
     library = cache_home / "mobilenetv2-kernels" / f"{platform.machine()}-{key}.so"
     if not library.is_file():
         library.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(library) as temporary:
-            subprocess.run(
-                [compiler, *FLAGS, str(SOURCE), "-o", str(temporary)], capture_output=True, check=True
-            )
+        # Of several processes each makes its own, and the last one stands.
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = Path(folder) / library.name
+            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, check=True)
+            made.replace(library)
     return library
