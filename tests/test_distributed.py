@@ -11,6 +11,7 @@ from torch import nn
 from models import MobileNetV2Quantization
 from tests import script_process
 from utils import distributed
+from utils.fast_training import use_fast_layers
 from utils.quantization import calibrate_qat, convert_qat, int8_parameters, prepare_qat
 from utils.torchscript import load_torchscript
 
@@ -59,8 +60,8 @@ def network() -> nn.Module:
     )
 
 
-def train_three_steps(_rank: int = 0) -> dict:
-    model = network().train()
+def train_three_steps(_rank: int = 0, model: nn.Module | None = None) -> dict:
+    model = (model or network()).train()
     called = distributed.parallelize(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     torch.manual_seed(1)
@@ -77,6 +78,27 @@ def train_three_steps(_rank: int = 0) -> dict:
 def test_two_processes_train_as_one_does():
     alone = train_three_steps()
     first, second = run_ranks(train_three_steps)
+    for name, value in alone.items():
+        torch.testing.assert_close(first[name], value, rtol=2e-4, atol=2e-5)
+        assert torch.equal(first[name], second[name]), name
+
+
+def train_three_steps_with_kernels(_rank: int = 0) -> dict:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU6()),
+        *(nn.Conv2d(16, 16, 3, 2, 1, groups=16, bias=False), nn.BatchNorm2d(16)),
+        *(nn.Conv2d(16, 24, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU6()),
+        *(nn.Flatten(), nn.Linear(216, 2)),
+    ).to(memory_format=torch.channels_last)  # fmt: skip
+    use_fast_layers(model)
+    return train_three_steps(model=model)
+
+
+def test_two_processes_train_with_kernels_as_one_does():
+    """Also where a row of the maps holds two pixels (24 channels)."""
+    alone = train_three_steps_with_kernels()
+    first, second = run_ranks(train_three_steps_with_kernels)
     for name, value in alone.items():
         torch.testing.assert_close(first[name], value, rtol=2e-4, atol=2e-5)
         assert torch.equal(first[name], second[name]), name

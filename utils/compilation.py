@@ -16,7 +16,7 @@ def add_compile_argument(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="train with torch.compile instead of our own kernels (for a GPU): minutes of waiting in front of "
+        help="train with torch.compile in place of our own kernels (for a GPU): minutes of waiting before "
         "the first step; needs a C++ compiler",
     )
 
