@@ -37,10 +37,11 @@ PRUNED = {"271": WEIGHTS / "mobilenetv2_cifar10_pruned.pth", "100": RUNS / "prun
 SEEDS = {"": (0, 1, 2), "pruned_271_": (0, 1, 2), "pruned_100_": (0,)}
 """Of the int8 models, by the prefix of their names; the float model has none."""
 INT8_KINDS = ("ptq_per_tensor", "ptq_per_channel", "qat")
-PRUNING_RECIPE = (
-    "--schedule", "gradual", "--ramp_epochs", 1, "--epochs", 3, "--optimizer", "muon", "--lr", "0.05",
-    "--muon_lr", "0.0125",
-)  # fmt: skip
+PRUNING_EPOCHS = {"271": (1, 3), "100": (2, 5)}
+"""Of the ramp and in all, by density."""
+PRUNING_RECIPE = ("--schedule", "gradual", "--optimizer", "muon", "--lr", "0.05", "--muon_lr", "0.0125")
+FEW_BITS = {"271": 6, "100": 5}
+"""Bits of a weight in the smallest files, by density."""
 QAT_RECIPE = ("--epochs", 1, "--num_train_batches", 40, "--lr", "1e-3")
 ENGINE = "onednn"
 """The fastest one at output stride 8."""
@@ -155,10 +156,11 @@ def pruning_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
             "scripts/allocate_sparsity.py",
             ("--weights", FLOAT, "--target", f"0.{name}", "--o", sparsity_dict), sparsity_dict,
         )  # fmt: skip
+        ramp_epochs, epochs = PRUNING_EPOCHS[name]
         yield Step(
-            "prune and recover", 20, "prune.py",
+            "prune and recover", 4 * epochs, "prune.py",
             (*data, *amp, "--weights", FLOAT, "--sparsity_dict", sparsity_dict, "--teacher", FLOAT,
-             *PRUNING_RECIPE, "--output", pruned),
+             *PRUNING_RECIPE, "--ramp_epochs", ramp_epochs, "--epochs", epochs, "--output", pruned),
             pruned, RESULTS / f"prune_{name}.json",
         )  # fmt: skip
 

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <omp.h>
 #include <vector>
 
 #ifdef __AVX512F__
@@ -69,17 +70,33 @@ inline Vector relu6_gradient(Vector z, Vector gradient) {
     return inside ? gradient : Vector{};
 }
 
+// Sums of each thread, added up in the order of the threads, so that a run can be repeated to the bit.
+class ThreadSums {
+  public:
+    explicit ThreadSums(long size) : size(size), sums(size * omp_get_max_threads()) {}
+    double* own() { return &sums[size * omp_get_thread_num()]; }
+    double total(long at) const {
+        double total = 0;
+        for (long i = at; i < long(sums.size()); i += size) total += sums[i];
+        return total;
+    }
+
+  private:
+    const long size;
+    std::vector<double> sums;
+};
+
 // Adds up two sums for each channel. `add` adds some rows, which begin at the given places, to the sums of
 // the channels from c on. Sums of a block of rows are float32, those of all are double.
 template <typename T, typename Add>
 void sum_in_blocks(long rows, long channels, double* totals, Add add) {
     constexpr int AT_ONCE = 4;  // rows for each time that sums are read and written
     const long step = std::max(1L, BLOCK / (channels * long(sizeof(T)))) * AT_ONCE;
-    std::fill(totals, totals + 2 * channels, 0.0);
+    ThreadSums of_threads(2 * channels);
 #pragma omp parallel
     {
         std::vector<float> sums(2 * channels);
-        std::vector<double> own(2 * channels);
+        double* own = of_threads.own();
 #pragma omp for schedule(static)
         for (long first = 0; first < rows; first += step) {
             std::fill(sums.begin(), sums.end(), 0.0f);
@@ -99,9 +116,8 @@ void sum_in_blocks(long rows, long channels, double* totals, Add add) {
             for (; row < last; row++) add_rows.template operator()<1>(row);
             for (long c = 0; c < 2 * channels; c++) own[c] += sums[c];
         }
-#pragma omp critical
-        for (long c = 0; c < 2 * channels; c++) totals[c] += own[c];
     }
+    for (long c = 0; c < 2 * channels; c++) totals[c] = of_threads.total(c);
 }
 
 // A row of the maps may hold several pixels; their sums, (2, row), go into those of the first.
@@ -278,10 +294,10 @@ void depthwise_backward_weight(const T* grad_y, const T* x, const Map map, float
     const long channels = map.channels;
     const std::vector<T> zeros(map.width * channels);
     const long band = std::max(1L, 32 / out_width);  // rows for each time that sums are read and written
-    std::vector<double> totals(TAPS * channels);
+    ThreadSums of_threads(TAPS * channels);
 #pragma omp parallel
     {
-        std::vector<double> own(TAPS * channels);
+        double* own = of_threads.own();
         std::vector<float> sums(TAPS * channels);
 #pragma omp for schedule(static)
         for (long image = 0; image < map.images; image++) {
@@ -312,10 +328,8 @@ void depthwise_backward_weight(const T* grad_y, const T* x, const Map map, float
             }
             for (long i = 0; i < TAPS * channels; i++) own[i] += sums[i];
         }
-#pragma omp critical
-        for (long i = 0; i < TAPS * channels; i++) totals[i] += own[i];
     }
-    for (long i = 0; i < TAPS * channels; i++) grad_weight[i] = float(totals[i]);
+    for (long i = 0; i < TAPS * channels; i++) grad_weight[i] = float(of_threads.total(i));
 }
 
 }  // namespace
