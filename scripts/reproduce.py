@@ -170,6 +170,11 @@ def int8_folder(prefix: str, seed: int) -> Path:
     return RUNS / f"int8/{prefix}s{seed}"
 
 
+def few_bits_file(name: str) -> Path:
+    """The int8 model of a density whose weights have fewer bits."""
+    return RUNS / f"int8/pruned_{name}_few_bits/mobilenetv2_qat.pt"
+
+
 def int8_steps(data: list[str]) -> Iterator[Step]:
     """PTQ and QAT with several seeds, of the float model and of the pruned ones."""
     for prefix, seeds in SEEDS.items():
@@ -178,10 +183,8 @@ def int8_steps(data: list[str]) -> Iterator[Step]:
         yield Step("convert for quantization", 0.1, "scripts/to_qmodel_weights.py",
                    ("--weights", source, "--output", qmodel), qmodel)  # fmt: skip
         for seed in seeds:
-            folder, common = (
-                int8_folder(prefix, seed),
-                ("--weights", qmodel, "--backend", ENGINE, "--seed", seed),
-            )
+            folder = int8_folder(prefix, seed)
+            common = ("--weights", qmodel, "--backend", ENGINE, "--seed", seed)
             yield Step(
                 f"quantize after training, seed {seed}", 1, "post_training_quantization.py",
                 # Accuracies and times are measured below.
@@ -193,6 +196,14 @@ def int8_steps(data: list[str]) -> Iterator[Step]:
                 (*data, *common, "--teacher", FLOAT, *QAT_RECIPE, "--output", folder / "mobilenetv2_qat.pt"),
                 folder / "mobilenetv2_qat.pt", folder / "qat.json",
             )  # fmt: skip
+    for name, bits in FEW_BITS.items():
+        output = few_bits_file(name)
+        yield Step(
+            f"quantize to weights of {bits} bits while training", 5, "quantization_aware_training.py",
+            (*data, "--weights", RUNS / f"int8/pruned_{name}_qmodel.pth", "--backend", ENGINE,
+             "--weight_bits", bits, "--teacher", FLOAT, *QAT_RECIPE, "--output", output),
+            output, output.with_name("qat.json"),
+        )  # fmt: skip
 
 
 def packed_files() -> dict[str, tuple[Path, tuple[str, ...]]]:
@@ -202,6 +213,7 @@ def packed_files() -> dict[str, tuple[Path, tuple[str, ...]]]:
     for name, pruned in PRUNED.items():
         files[f"packed_pruned_{name}_float16"] = pruned, float16
         files[f"packed_pruned_{name}_int8"] = int8_folder(f"pruned_{name}_", 0) / "mobilenetv2_qat.pt", ()
+        files[f"packed_pruned_{name}_int8_{FEW_BITS[name]}_bits"] = few_bits_file(name), ()
     return files
 
 
