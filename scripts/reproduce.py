@@ -112,7 +112,7 @@ def steps(data: list[str]) -> list[Step]:
         *packing_steps(),
         *measuring_steps(data),
         *allocation_steps(data, amp),
-        *benchmark_steps(),
+        *benchmark_steps(data),
     ]
 
 
@@ -280,15 +280,17 @@ def allocation_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
         )  # fmt: skip
 
 
-def benchmark_steps() -> Iterator[Step]:
+def benchmark_steps(data: list[str]) -> Iterator[Step]:
     """The claims about speed; see benchmarks/README.md."""
-    for name, minutes, argv in (
-        ("training", 8, ()),
-        ("sensitivity_scan", 5, ()),
-        ("runtimes", 8, ("--weights", FLOAT)),
+    runtimes = ("runtimes.py", *data, "--weights", FLOAT, "--rounds", 30, "--output_stride")
+    for name, minutes, (script, *argv) in (
+        ("training", 8, ("training.py",)),
+        ("sensitivity_scan", 6, ("sensitivity_scan.py", "--images", 1500)),
+        ("runtimes_os8", 10, (*runtimes, 8)),
+        ("runtimes_os32", 5, (*runtimes, 32)),
     ):
         record = RESULTS / f"benchmarks/{name}.json"
-        yield Step(f"benchmark: {name}", minutes, f"benchmarks/{name}.py", argv, record, record)
+        yield Step(f"benchmark {script}", minutes, f"benchmarks/{script}", tuple(argv), record, record)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -147,15 +147,15 @@ def test_runtimes_are_compared_with_the_best_that_counts(tmp_path):
         runtime_row(runtimes.FLOAT, 32, 40.0, 4.0),
         runtime_row(runtimes.OURS, 32, 10.0, 1.0),
     ]
-    write(tmp_path, "benchmarks/runtimes", {"rows": rows}, rounds=60)
-    lines = report_blocks.runtimes_benchmark(Results(tmp_path), "").splitlines()
+    write(tmp_path, "benchmarks/runtimes_os8", {"rows": rows}, rounds=60, output_stride=8)
+    lines = report_blocks.runtimes_benchmark(Results(tmp_path), "8").splitlines()
     assert lines[2:4] == [
         "| 1 | 1 | 0.50 | 0.60 | B int8, our weights | 0.80 | 2.00 | 20.0 |",
         "| 1 | 32 | 10.00 | – | – | – | 40.00 | – |",
     ]
-    write(tmp_path, "benchmarks/runtimes", {"rows": rows[2:3]}, rounds=60)
-    with pytest.raises(UserError, match=r"runtimes\.json.*TorchScript int8"):
-        report_blocks.runtimes_benchmark(Results(tmp_path), "")
+    write(tmp_path, "benchmarks/runtimes_os8", {"rows": rows[2:3]}, rounds=60, output_stride=8)
+    with pytest.raises(UserError, match=r"runtimes_os8\.json.*TorchScript int8"):
+        report_blocks.runtimes_benchmark(Results(tmp_path), "8")
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,10 @@ def test_runtimes_are_compared_with_the_best_that_counts(tmp_path):
             "scan_benchmark",
             "benchmarks/sensitivity_scan.py --record results/benchmarks/sensitivity_scan.json",
         ),
-        ("runtimes_benchmark", "benchmarks/runtimes.py --record results/benchmarks/runtimes.json"),
+        (
+            "runtimes_benchmark 8",
+            "benchmarks/runtimes.py --output_stride 8 --record results/benchmarks/runtimes_os8.json",
+        ),
     ],
 )
 def test_a_block_without_records_names_the_command(results, block, command):

@@ -163,14 +163,16 @@ def _show_scan(record: dict[str, Any]) -> str:
     return "\n".join([*markdown_table(["scan", "s", "ms a row"], rows), "", note, ""])
 
 
-def runtimes_benchmark(results: Results, _argument: str) -> str:
+def runtimes_benchmark(results: Results, output_stride: str) -> str:
     """What benchmarks/runtimes.py measured: our int8 against the best other that counts, by case.
 
     Raises:
         UserError: the record is none.
     """
-    text = results.take("benchmarks/runtimes", _show_runtimes)
-    return text or missing("python benchmarks/runtimes.py --record results/benchmarks/runtimes.json")
+    name = f"benchmarks/runtimes_os{output_stride}"
+    return results.take(name, _show_runtimes) or missing(
+        f"python benchmarks/runtimes.py --output_stride {output_stride} --record results/{name}.json"
+    )
 
 
 def _show_runtimes(record: dict[str, Any]) -> str:
@@ -182,7 +184,8 @@ def _show_runtimes(record: dict[str, Any]) -> str:
     rows = [[*map(str, case), *_compare_runtimes(rows)] for case, rows in sorted(cases.items())]
     versions = record["versions"]
     note = (
-        f"Medians of {record['arguments']['rounds']} rounds on {record['cpu']}, torch {versions['torch']}; "
+        f"Output stride {record['arguments']['output_stride']}, medians of {record['arguments']['rounds']} "
+        f"rounds on {record['cpu']}, torch {versions['torch']}; "
         f"a ratio below 1 means that ours is faster."
     )
     return "\n".join([*markdown_table(headers, rows), "", note, ""])
