@@ -282,12 +282,12 @@ def allocation_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
 
 def benchmark_steps(data: list[str]) -> Iterator[Step]:
     """The claims about speed; see benchmarks/README.md."""
-    runtimes = ("runtimes.py", *data, "--weights", FLOAT, "--rounds", 30, "--output_stride")
+    runtimes = ("runtimes.py", *data, "--weights", FLOAT, "--rounds", 15, "--output_stride")
     for name, minutes, (script, *argv) in (
-        ("training", 8, ("training.py",)),
-        ("sensitivity_scan", 6, ("sensitivity_scan.py", "--images", 1500)),
-        ("runtimes_os8", 10, (*runtimes, 8)),
-        ("runtimes_os32", 5, (*runtimes, 32)),
+        ("training", 6, ("training.py", "--rounds", 5)),
+        ("sensitivity_scan", 5, ("sensitivity_scan.py", "--images", 1000)),
+        ("runtimes_os8", 5, (*runtimes, 8)),
+        ("runtimes_os32", 3, (*runtimes, 32)),
     ):
         record = RESULTS / f"benchmarks/{name}.json"
         yield Step(f"benchmark {script}", minutes, f"benchmarks/{script}", tuple(argv), record, record)
