@@ -285,7 +285,7 @@ def benchmark_steps(data: list[str]) -> Iterator[Step]:
     runtimes = ("runtimes.py", *data, "--weights", FLOAT, "--rounds", 15, "--output_stride")
     for name, minutes, (script, *argv) in (
         ("training", 6, ("training.py", "--rounds", 5)),
-        ("sensitivity_scan", 5, ("sensitivity_scan.py", "--images", 1000)),
+        ("sensitivity_scan", 5, ("sensitivity_scan.py", *data, "--weights", FLOAT_OS16, "--images", 2000)),
         ("runtimes_os8", 5, (*runtimes, 8)),
         ("runtimes_os32", 3, (*runtimes, 32)),
     ):

@@ -1,7 +1,7 @@
 """MobileNetV2 for fast evaluation on a CPU, in blocks whose layers can be exchanged one at a time.
 
-Batch norms are folded into the weights. Activations lie as (N, H, W, C), so that a 1x1 convolution
-is one matrix product over all pixels. A block takes as many images at a time as the cache holds.
+Batch norms are folded into the weights. Activations lie as (N, H, W, C). A block takes as many images
+at a time as the cache holds.
 The logits are those of the model up to float rounding.
 """
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from models import MobileNetV2
 
-CACHE_BYTES_A_THREAD = 3 * 2**19
-"""For a block's widest activation; about what a core has of its own."""
+CACHE_BYTES_A_THREAD = 3 * 2**22
+"""For a block's widest activation; about a core's share of the last level."""
 
 
 class FoldedLayer:
@@ -38,11 +38,9 @@ class FoldedLayer:
             weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
             bias = batch_norm.bias.detach() + (bias - batch_norm.running_mean) * scale
         self.bias = bias.float()
-        self.is_product = weight[0, 0].numel() == 1
-        if self.is_product:
-            self.weight = weight.flatten(1).t().float().contiguous()  # (in, out)
-        else:
-            self.weight = weight.float().contiguous(memory_format=torch.channels_last)
+        self.weight = weight.float()
+        if weight.dim() == 4:
+            self.weight = self.weight.contiguous(memory_format=torch.channels_last)
 
     def folded_anew(self) -> "FoldedLayer":
         """The layer with the weight that its module has by now."""
@@ -50,9 +48,8 @@ class FoldedLayer:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map (N, H, W, in) to (N, H', W', out), or (N, in) to (N, out)."""
-        if self.is_product:
-            rows = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
-            x = rows.view(*x.shape[:-1], -1)
+        if isinstance(self.module, nn.Linear):
+            x = nn.functional.linear(x, self.weight, self.bias)
         else:
             conv = self.module
             x = nn.functional.conv2d(
