@@ -32,15 +32,19 @@ PUBLISHED = RUNS / "published/mobilenetv2.pth"
 FLOAT_OS16 = RUNS / "float_os16/mobilenetv2.pth"
 FLOAT = WEIGHTS / "mobilenetv2_cifar10.pth"
 SCANNING_LOG = RESULTS / "scanning_log.csv"
-PRUNED = {"271": WEIGHTS / "mobilenetv2_cifar10_pruned.pth", "100": RUNS / "pruned_100/mobilenetv2.pth"}
+PRUNED = {
+    "271": WEIGHTS / "mobilenetv2_cifar10_pruned.pth",
+    "150": RUNS / "pruned_150/mobilenetv2.pth",
+    "100": RUNS / "pruned_100/mobilenetv2.pth",
+}
 """By density in thousandths."""
-SEEDS = {"": (0, 1, 2), "pruned_271_": (0, 1, 2), "pruned_100_": (0,)}
+SEEDS = {"": (0, 1, 2), "pruned_271_": (0, 1, 2), "pruned_150_": (0,), "pruned_100_": (0,)}
 """Of the int8 models, by the prefix of their names; the float model has none."""
 INT8_KINDS = ("ptq_per_tensor", "ptq_per_channel", "qat")
-PRUNING_EPOCHS = {"271": (1, 3), "100": (2, 5)}
+PRUNING_EPOCHS = {"271": (1, 3), "150": (2, 4), "100": (2, 5)}
 """Of the ramp and in all, by density."""
 PRUNING_RECIPE = ("--schedule", "gradual", "--optimizer", "muon", "--lr", "0.05", "--muon_lr", "0.0125")
-FEW_BITS = {"271": 6, "100": 5}
+FEW_BITS = {"271": 6, "150": 6, "100": 5}
 """Bits of a weight in the smallest files, by density."""
 QAT_RECIPE = ("--epochs", 1, "--num_train_batches", 40, "--lr", "1e-3")
 ENGINE = "onednn"

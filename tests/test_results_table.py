@@ -88,7 +88,7 @@ def test_each_row_has_all_its_numbers(whole):
     assert lines["pruned to 27.1 %"].endswith("| 0.271 | 4.04 | 5.05 |")
     assert lines["pruned to 10 %"].startswith("| pruned to 10 % | 89.00 | -3.00 |")
     assert lines["pruned to 10 %, packed int8"] == (
-        "| pruned to 10 %, packed int8 | 88.50 | -3.50 | 88.0 | 0.38 | 0.100 | – | – |"
+        "| pruned to 10 %, packed int8 | 88.50 | -3.50 | 88.0 | 0.375 | 0.100 | – | – |"
     )
     assert lines["float at output stride 16"].startswith(
         "| float at output stride 16 | 86.50 | -5.50 | 27.0 |"

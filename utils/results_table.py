@@ -281,7 +281,8 @@ def _cells(row: Row) -> list[str]:
         # Plus zero, since what rounds to zero may be below it.
         NO_VALUE if row.points is None else f"{round(row.points, 2) + 0.0:+.2f}",
         NO_VALUE if row.macs is None else f"{row.macs / 1e6:.1f}",
-        _digits(row.file_mb, size_digits),
+        # Below a megabyte the third digit is where the files differ.
+        _digits(row.file_mb, 3 if row.file_mb and row.file_mb < 1 else size_digits),
         _digits(row.density, 3),
         _digits(row.median_ms, time_digits),
         _digits(row.p90_ms, time_digits),
