@@ -30,6 +30,7 @@ WEIGHTS = Path("weights")
 
 PUBLISHED = RUNS / "published/mobilenetv2.pth"
 FLOAT_OS16 = RUNS / "float_os16/mobilenetv2.pth"
+FLOAT_OS8 = RUNS / "float_os8/mobilenetv2.pth"
 FLOAT = WEIGHTS / "mobilenetv2_cifar10.pth"
 SCANNING_LOG = RESULTS / "scanning_log.csv"
 PRUNED = {
@@ -41,7 +42,7 @@ PRUNED = {
 SEEDS = {"": (0, 1, 2), "pruned_271_": (0, 1, 2), "pruned_150_": (0,), "pruned_100_": (0,)}
 """Of the int8 models, by the prefix of their names; the float model has none."""
 INT8_KINDS = ("ptq_per_tensor", "ptq_per_channel", "qat")
-PRUNING_EPOCHS = {"271": (1, 3), "150": (2, 4), "100": (2, 5)}
+PRUNING_EPOCHS = {"271": (1, 3), "150": (2, 4), "100": (2, 7)}
 """Of the ramp and in all, by density."""
 PRUNING_RECIPE = ("--schedule", "gradual", "--optimizer", "muon", "--lr", "0.05", "--muon_lr", "0.0125")
 FEW_BITS = {"271": 6, "150": 6, "100": 5}
@@ -140,7 +141,15 @@ def float_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
     yield Step(
         "the same weights at output stride 8", 75, "train.py",
         (*data, "--weights", FLOAT_OS16, *muon, "--early_output_strides", "16:8", "--output_stride", 8,
-         *sharp, *amp, "--output", FLOAT),
+         *sharp, *amp, "--output", FLOAT_OS8),
+        FLOAT_OS8, RESULTS / "float_os8.json",
+    )  # fmt: skip
+    yield Step(
+        "on with cutout and more weight decay, since they are learnt by heart", 60, "train.py",
+        (*data, "--weights", FLOAT_OS8, "--optimizer", "muon", "--lr", "0.15", "--muon_lr", "0.04",
+         "--scheduler", "cosine", "--weight_decay", "1e-3", "--epochs", 34, "--output_stride", 8,
+         "--augment", "crop_flip_cutout", "--cutout_size", 12, "--label_smoothing", "0.1", *amp,
+         "--output", FLOAT),
         FLOAT, RESULTS / "float.json",
     )  # fmt: skip
 
@@ -162,7 +171,7 @@ def pruning_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
         )  # fmt: skip
         ramp_epochs, epochs = PRUNING_EPOCHS[name]
         yield Step(
-            "prune and recover", 4 * epochs, "prune.py",
+            "prune and recover", 3 * epochs, "prune.py",
             (*data, *amp, "--weights", FLOAT, "--sparsity_dict", sparsity_dict, "--teacher", FLOAT,
              *PRUNING_RECIPE, "--ramp_epochs", ramp_epochs, "--epochs", epochs, "--output", pruned),
             pruned, RESULTS / f"prune_{name}.json",
@@ -262,7 +271,7 @@ def allocation_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
     yield Step(
         "scan at output stride 16", 8, "scripts/sensitivity_scan.py",
         (*data, "--weights", FLOAT_OS16, "--split", "val", "--accuracy_threshold", 85,
-         "--sparsities", "0.1", "0.3", "0.6", "--o", log),
+         "--sparsities", "0.05", "0.1", "0.3", "0.6", "--o", log),
         log, log.with_suffix(".json"),
     )  # fmt: skip
     special = {"global": ("--spare", "classifier"), "sensitivity": ("--scanning_log", log)}
