@@ -500,10 +500,15 @@ def test_ctrl_c_ends_the_decoding_at_once(slow_folder):
         os.kill(os.getpid(), signal.SIGINT)
 
     presser = threading.Thread(target=press_when_under_way)
-    presser.start()
-    with pytest.raises(KeyboardInterrupt):
-        image_folder.load(folder, 8)
-    presser.join()
+    # A shell's background job ignores Ctrl-C; a user's foreground one does not.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        presser.start()
+        with pytest.raises(KeyboardInterrupt):
+            image_folder.load(folder, 8)
+        presser.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(paths) < MANY / 2
     assert not list(folder.glob(".*"))
 
