@@ -145,7 +145,7 @@ def float_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
         FLOAT_OS8, RESULTS / "float_os8.json",
     )  # fmt: skip
     yield Step(
-        "on with cutout and more weight decay, since they are learnt by heart", 60, "train.py",
+        "the same weights with cutout and more weight decay", 60, "train.py",
         (*data, "--weights", FLOAT_OS8, "--optimizer", "muon", "--lr", "0.15", "--muon_lr", "0.04",
          "--scheduler", "cosine", "--weight_decay", "1e-3", "--epochs", 34, "--output_stride", 8,
          "--augment", "crop_flip_cutout", "--cutout_size", 12, "--label_smoothing", "0.1", *amp,

@@ -94,6 +94,9 @@ def test_allocations_by_method_and_density(tmp_path):
         "",
         "After the same recovery of 3 epochs; the best of each column in bold.",
     ]
+    for name in ("uniform_271", "lamp_271", "erk_271", "lamp_100", "uniform_100"):
+        write(tmp_path, f"allocation/{name}", {"val_accuracy_pct": 90.0}, epochs=1)
+    assert "recovery of 1 epoch;" in report_blocks.allocation_table(Results(tmp_path), "")
     write(tmp_path, "allocation/erk_100", {"val_accuracy_pct": None}, epochs=3)
     with pytest.raises(UserError, match=r"erk_100\.json.*None is not a number"):
         report_blocks.allocation_table(Results(tmp_path), "")

@@ -93,7 +93,8 @@ def allocation_table(results: Results, _argument: str) -> str:
     rows = [[method, *(cell(method, target) for target in targets)] for method in methods]
     headers = ["val accuracy % at density", *(f"{target / 10:g} %" for target in targets)]
     recovery = " or ".join(str(count) for count in sorted(epochs))
-    note = f"After the same recovery of {recovery} epochs; the best of each column in bold."
+    unit = "epoch" if epochs == {1} else "epochs"
+    note = f"After the same recovery of {recovery} {unit}; the best of each column in bold."
     return "\n".join([*markdown_table(headers, rows), "", note, ""])
 
 
