@@ -33,25 +33,52 @@ FLOAT_OS16 = RUNS / "float_os16/mobilenetv2.pth"
 FLOAT_OS8 = RUNS / "float_os8/mobilenetv2.pth"
 FLOAT = WEIGHTS / "mobilenetv2_cifar10.pth"
 SCANNING_LOG = RESULTS / "scanning_log.csv"
-PRUNED = {
-    "271": WEIGHTS / "mobilenetv2_cifar10_pruned.pth",
-    "150": RUNS / "pruned_150/mobilenetv2.pth",
-    "100": RUNS / "pruned_100/mobilenetv2.pth",
-}
-"""By density in thousandths."""
 SEEDS = {"": (0, 1, 2), "pruned_271_": (0, 1, 2), "pruned_150_": (0,), "pruned_100_": (0,)}
 """Of the int8 models, by the prefix of their names; the float model has none."""
 INT8_KINDS = ("ptq_per_tensor", "ptq_per_channel", "qat")
-PRUNING_EPOCHS = {"271": (1, 3), "150": (2, 4), "100": (2, 7)}
-"""Of the ramp and in all, by density."""
-PRUNING_RECIPE = ("--schedule", "gradual", "--optimizer", "muon", "--lr", "0.05", "--muon_lr", "0.0125")
-FEW_BITS = {"271": 6, "150": 6, "100": 5}
-"""Bits of a weight in the smallest files, by density."""
-QAT_RECIPE = ("--epochs", 1, "--num_train_batches", 40, "--lr", "1e-3")
+CUTOUT = ("--augment", "crop_flip_cutout", "--cutout_size", 12)
+QAT_RECIPE = (*CUTOUT, "--freeze_batch_norms", 0, "--freeze_ranges", 0)
+QAT_STEPS = ("--epochs", 1, "--num_train_batches", 80, "--lr", "1e-2")
+QAT_STEPS_PRUNED = ("--epochs", 1, "--num_train_batches", 60, "--lr", "3e-3")
+"""Few weights bear smaller steps only."""
 ENGINE = "onednn"
 """The fastest one at output stride 8."""
 SCAN_THRESHOLD_PCT = 88
 """Of val accuracy, below which the scan does not recommend to go."""
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How a pruned model is made.
+
+    Args:
+        source: the weights that are pruned further.
+        output: the pruned ones.
+        ramp_epochs: over which they are pruned.
+        epochs: in all.
+        lr: and muon_lr, the highest rates.
+        few_bits: of a weight in the smallest file.
+    """
+
+    source: Path
+    output: Path
+    ramp_epochs: int
+    epochs: int
+    lr: str = "0.05"
+    muon_lr: str = "0.0125"
+    few_bits: int = 5
+
+
+PRUNED = WEIGHTS / "mobilenetv2_cifar10_pruned.pth"
+PRUNED_150 = RUNS / "pruned_150/mobilenetv2.pth"
+PRUNINGS = {
+    "271": Pruning(FLOAT, PRUNED, 1, 9, few_bits=6),
+    "150": Pruning(FLOAT, PRUNED_150, 3, 14, few_bits=6),
+    "100": Pruning(FLOAT, RUNS / "pruned_100/mobilenetv2.pth", 4, 22),
+    "170": Pruning(PRUNED, RUNS / "pruned_170/mobilenetv2.pth", 1, 3, "0.02", "0.005"),
+    "125": Pruning(PRUNED_150, RUNS / "pruned_125/mobilenetv2.pth", 1, 3, "0.02", "0.005"),
+}
+"""By density in thousandths. The last two are as dense as fits into 0.37 and 0.28 MB."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +175,7 @@ def float_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
         "the same weights with cutout and more weight decay", 60, "train.py",
         (*data, "--weights", FLOAT_OS8, "--optimizer", "muon", "--lr", "0.15", "--muon_lr", "0.04",
          "--scheduler", "cosine", "--weight_decay", "1e-3", "--epochs", 34, "--output_stride", 8,
-         "--augment", "crop_flip_cutout", "--cutout_size", 12, "--label_smoothing", "0.1", *amp,
+         *CUTOUT, "--label_smoothing", "0.1", *amp,
          "--output", FLOAT),
         FLOAT, RESULTS / "float.json",
     )  # fmt: skip
@@ -162,25 +189,31 @@ def pruning_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
          "--sparsities", "0.1", "0.3", "0.6", "--o", SCANNING_LOG),
         SCANNING_LOG, RESULTS / "scan.json",
     )  # fmt: skip
-    for name, pruned in PRUNED.items():
+    for name, pruning in PRUNINGS.items():
         sparsity_dict = RESULTS / f"sparsity_dict_{name}.csv"
         yield Step(
             f"share a density of {int(name) / 10:.1f} % out among the layers", 0.2,
             "scripts/allocate_sparsity.py",
-            ("--weights", FLOAT, "--target", f"0.{name}", "--o", sparsity_dict), sparsity_dict,
+            ("--weights", pruning.source, "--target", f"0.{name}", "--o", sparsity_dict), sparsity_dict,
         )  # fmt: skip
-        ramp_epochs, epochs = PRUNING_EPOCHS[name]
         yield Step(
-            "prune and recover", 3 * epochs, "prune.py",
-            (*data, *amp, "--weights", FLOAT, "--sparsity_dict", sparsity_dict, "--teacher", FLOAT,
-             *PRUNING_RECIPE, "--ramp_epochs", ramp_epochs, "--epochs", epochs, "--output", pruned),
-            pruned, RESULTS / f"prune_{name}.json",
+            "prune and recover", 3 * pruning.epochs, "prune.py",
+            (*data, *amp, "--weights", pruning.source, "--sparsity_dict", sparsity_dict, "--teacher", FLOAT,
+             "--schedule", "gradual", "--optimizer", "muon", "--lr", pruning.lr, "--muon_lr", pruning.muon_lr,
+             *CUTOUT, "--ramp_epochs", pruning.ramp_epochs, "--epochs", pruning.epochs,
+             "--output", pruning.output),
+            pruning.output, RESULTS / f"prune_{name}.json",
         )  # fmt: skip
 
 
 def int8_folder(prefix: str, seed: int) -> Path:
     """Where the int8 files that were made with a seed are."""
     return RUNS / f"int8/{prefix}s{seed}"
+
+
+def qmodel_file(prefix: str) -> Path:
+    """What is quantized, by the prefix of the names of the int8 models."""
+    return RUNS / f"int8/{prefix}qmodel.pth"
 
 
 def few_bits_file(name: str) -> Path:
@@ -190,11 +223,13 @@ def few_bits_file(name: str) -> Path:
 
 def int8_steps(data: list[str]) -> Iterator[Step]:
     """PTQ and QAT with several seeds, of the float model and of the pruned ones."""
-    for prefix, seeds in SEEDS.items():
-        source = PRUNED[prefix[-4:-1]] if prefix else FLOAT
-        qmodel = RUNS / f"int8/{prefix}qmodel.pth"
+    sources = {"": FLOAT} | {f"pruned_{name}_": pruning.output for name, pruning in PRUNINGS.items()}
+    for prefix, source in sources.items():
+        qmodel = qmodel_file(prefix)
         yield Step("convert for quantization", 0.1, "scripts/to_qmodel_weights.py",
                    ("--weights", source, "--output", qmodel), qmodel)  # fmt: skip
+    for prefix, seeds in SEEDS.items():
+        qmodel = qmodel_file(prefix)
         for seed in seeds:
             folder = int8_folder(prefix, seed)
             common = ("--weights", qmodel, "--backend", ENGINE, "--seed", seed)
@@ -206,15 +241,18 @@ def int8_steps(data: list[str]) -> Iterator[Step]:
             )  # fmt: skip
             yield Step(
                 f"quantize while training, seed {seed}", 5, "quantization_aware_training.py",
-                (*data, *common, "--teacher", FLOAT, *QAT_RECIPE, "--output", folder / "mobilenetv2_qat.pt"),
+                (*data, *common, "--teacher", FLOAT, *(QAT_STEPS_PRUNED if prefix else QAT_STEPS),
+                 *QAT_RECIPE, "--output", folder / "mobilenetv2_qat.pt"),
                 folder / "mobilenetv2_qat.pt", folder / "qat.json",
             )  # fmt: skip
-    for name, bits in FEW_BITS.items():
+    for name, pruning in PRUNINGS.items():
         output = few_bits_file(name)
         yield Step(
-            f"quantize to weights of {bits} bits while training", 5, "quantization_aware_training.py",
-            (*data, "--weights", RUNS / f"int8/pruned_{name}_qmodel.pth", "--backend", ENGINE,
-             "--weight_bits", bits, "--teacher", FLOAT, *QAT_RECIPE, "--output", output),
+            f"quantize to weights of {pruning.few_bits} bits while training", 5,
+            "quantization_aware_training.py",
+            (*data, "--weights", qmodel_file(f"pruned_{name}_"), "--backend", ENGINE,
+             "--weight_bits", pruning.few_bits, "--teacher", FLOAT, *QAT_STEPS_PRUNED, *QAT_RECIPE,
+             "--output", output),
             output, output.with_name("qat.json"),
         )  # fmt: skip
 
@@ -223,10 +261,12 @@ def packed_files() -> dict[str, tuple[Path, tuple[str, ...]]]:
     """By name: what is packed, and the flags."""
     float16 = ("--dtype", "float16")
     files = {"packed_float16": (FLOAT, float16)}
-    for name, pruned in PRUNED.items():
-        files[f"packed_pruned_{name}_float16"] = pruned, float16
-        files[f"packed_pruned_{name}_int8"] = int8_folder(f"pruned_{name}_", 0) / "mobilenetv2_qat.pt", ()
-        files[f"packed_pruned_{name}_int8_{FEW_BITS[name]}_bits"] = few_bits_file(name), ()
+    for name, pruning in PRUNINGS.items():
+        packed = f"packed_pruned_{name}"
+        files[f"{packed}_float16"] = pruning.output, float16
+        if f"pruned_{name}_" in SEEDS:
+            files[f"{packed}_int8"] = int8_folder(f"pruned_{name}_", 0) / "mobilenetv2_qat.pt", ()
+        files[f"{packed}_int8_{pruning.few_bits}_bits"] = few_bits_file(name), ()
     return files
 
 
@@ -242,7 +282,7 @@ def packing_steps() -> Iterator[Step]:
 def models() -> dict[str, Path]:
     """Every model of the table by its name."""
     found = {"published_float": PUBLISHED, "float_os16": FLOAT_OS16, "float": FLOAT}
-    found |= {f"pruned_{name}": path for name, path in PRUNED.items()}
+    found |= {f"pruned_{name}": pruning.output for name, pruning in PRUNINGS.items()}
     for prefix, seeds in SEEDS.items():
         for kind, seed in itertools.product(INT8_KINDS, seeds):
             found[f"{prefix}{kind}_s{seed}"] = int8_folder(prefix, seed) / f"mobilenetv2_{kind}.pt"

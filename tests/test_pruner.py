@@ -160,13 +160,14 @@ def test_from_zeros_keeps_what_is_pruned():
     assert_pruned(model, first.masks)
 
 
-def test_the_ramp_is_the_cubic_of_the_paper():
+@pytest.mark.parametrize("initial", [1.0, 0.5])
+def test_the_ramp_is_the_cubic_of_the_paper(initial):
     ramp = CubicRamp(steps=100, every=10)
-    target, initial = 0.2, 1.0
+    target = 0.2
     for step in range(101):
         final_sparsity, initial_sparsity = 1 - target, 1 - initial
         sparsity = final_sparsity + (initial_sparsity - final_sparsity) * (1 - step / 100) ** 3
-        assert ramp.keep_ratio(target, step) == pytest.approx(1 - sparsity, abs=1e-12)
+        assert ramp.keep_ratio(target, step, initial) == pytest.approx(1 - sparsity, abs=1e-12)
     assert ramp.keep_ratio(target, 100) == ramp.keep_ratio(target, 10_000) == target
     assert [step for step in range(1, 120) if CubicRamp(25, 10).is_due(step)] == [10, 20, 25]
 
@@ -199,6 +200,23 @@ def test_gradual_pruning_shrinks_to_the_target_and_revives_nothing():
     for before, after in pairwise(seen):
         assert all((before[name] | ~after[name]).all() for name in totals)
     assert pruner.kept() == {name: kept_count(totals[name], ratio) for name, ratio in ratios.items()}
+
+
+def test_a_pruned_model_is_pruned_further_from_where_it_is():
+    model = small_model()
+    names = list(prunable_layers(model))
+    FineGrainedPruner(model, dict.fromkeys(names, 0.4)).apply()
+    zeros = {name: layer.weight == 0 for name, layer in prunable_layers(model).items()}
+    ratios = dict.fromkeys(names, 0.2) | {names[3]: 0.7}
+    pruner = FineGrainedPruner(model, ratios, CubicRamp(steps=6, every=2))
+    for name in names[:3]:
+        assert torch.equal(pruner.masks[name], ~zeros[name])
+    # One that is to keep more than it has gets more at once.
+    assert pruner.kept()[names[3]] == kept_count(zeros[names[3]].numel(), 0.7)
+    for _ in range(6):
+        train(model, pruner, "adam", 1)
+        assert not any(model.get_submodule(name).weight[zeros[name]].any() for name in names[:3])
+    assert pruner.kept() == {name: kept_count(zeros[name].numel(), ratio) for name, ratio in ratios.items()}
 
 
 def test_a_pruned_weight_goes_before_a_kept_one_that_is_zero():

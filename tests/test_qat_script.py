@@ -151,6 +151,32 @@ def test_fewer_bits_use_fewer_codes(train, tiny_qmodel, tmp_path):
 # When ranges and batch norms are held
 
 
+def test_batch_norms_held_from_the_start_are_folded(train, tiny_qmodel, tiny_folder, tmp_path):
+    """Margin: 3 points of accuracy on an easy set."""
+    record = tmp_path / "record.json"
+    held = ("--epochs", 2, "--freeze_batch_norms", 0, "--freeze_ranges", 0)
+    train(tiny_qmodel, tmp_path / "qat.pt", *held, "--record", record)
+    assert json.loads(record.read_text())["results"]["rows"][1]["accuracy_change_points"] >= -3
+    # What a run leaves when it is interrupted is the model in training.
+    output = tmp_path / "stopped.pt"
+    argv = ("--dataset", "folder", "--data_dir", tiny_folder, *FAST, *held)
+    script_process.run_until(
+        [
+            "quantization_aware_training.py",
+            *map(str, argv),
+            "--weights",
+            str(tiny_qmodel),
+            "--output",
+            str(output),
+        ],
+        (tmp_path / "stopped.checkpoint.pth").is_file,
+        signal.SIGKILL,
+    )
+    state = torch.load(tmp_path / "stopped.checkpoint.pth", weights_only=True)["state"]["model"]
+    assert "features.0.0.bias" in state
+    assert not any("running_mean" in name for name in state)
+
+
 @pytest.mark.parametrize(
     ("epochs", "fractions", "ranges_from", "batch_norms_from"),
     [(8, (0.5, 0.75), 5, 7), (1, (0.5, 0.75), None, None), (3, (0.0, 1.0), 1, None), (5, (0.3, 0.6), 3, 4)],

@@ -46,18 +46,18 @@ def magnitude_mask(weight: Tensor, keep_ratio: float, among: Tensor | None = Non
 class CubicRamp:
     """Gradual pruning (Zhu & Gupta, 2017, https://arxiv.org/abs/1710.01878, equation 1).
 
-    The fraction pruned grows from 0 to its target over `steps` optimizer steps, fast at first,
-    while there is much to spare, and ever slower; masks are renewed every `every` steps.
+    The fraction pruned grows from what it is to its target over `steps` optimizer steps, fast at
+    first, while there is much to spare, and ever slower; masks are renewed every `every` steps.
     """
 
     steps: int
     every: int
 
-    def keep_ratio(self, target: float, step: int) -> float:
-        """The fraction kept after `step` steps, of which `target` is left at the end."""
-        if step >= self.steps:
+    def keep_ratio(self, target: float, step: int, initial: float = 1.0) -> float:
+        """The fraction kept after `step` steps, `initial` at the start and `target` at the end."""
+        if step >= self.steps or initial <= target:
             return target
-        return target + (1 - target) * (1 - step / self.steps) ** 3
+        return target + (initial - target) * (1 - step / self.steps) ** 3
 
     def is_due(self, step: int) -> bool:
         """Whether masks are renewed after `step` steps."""
@@ -75,7 +75,8 @@ class FineGrainedPruner:
         model: of float32 weights, which are pruned by `apply` and `step`, not yet by making the pruner.
         keep_ratios: fraction of the weights that are kept, by layer; a layer that is not named is
             not touched.
-        ramp: renews the masks while the model trains; without it they are final at once.
+        ramp: renews the masks while the model trains; without it they are final at once. A model that
+            is pruned already keeps its zeros, unless a layer has more than its ratio asks for.
 
     Raises:
         KeyError: a layer is not one of the model's convolutions and linear layers.
@@ -97,6 +98,10 @@ class FineGrainedPruner:
         self.ramp = ramp
         self.steps = 0
         self.masks = {name: torch.ones_like(layers[name].weight, dtype=torch.bool) for name in keep_ratios}
+        self._initial = {
+            name: int(layers[name].weight.count_nonzero()) / layers[name].weight.numel()
+            for name in keep_ratios
+        }
         self._bits: dict[str, Tensor] = {}
         self._renew_masks()
 
@@ -130,8 +135,13 @@ class FineGrainedPruner:
         return {name: int(mask.sum()) for name, mask in self.masks.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps, masks and targets."""
-        return {"steps": self.steps, "masks": dict(self.masks), "keep_ratios": dict(self.keep_ratios)}
+        """Steps, masks, and where the ramp starts and ends."""
+        return {
+            "steps": self.steps,
+            "masks": dict(self.masks),
+            "initial": dict(self._initial),
+            "keep_ratios": dict(self.keep_ratios),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict` of a pruner with the same targets.
@@ -150,7 +160,7 @@ class FineGrainedPruner:
             name: mask.shape for name, mask in self.masks.items()
         }:
             raise ValueError("the masks are those of another model")
-        self.steps = state["steps"]
+        self.steps, self._initial = state["steps"], state["initial"]
         self._set_masks(masks)
 
     def _renew_masks(self) -> None:
@@ -158,7 +168,7 @@ class FineGrainedPruner:
         for name, mask in self.masks.items():
             keep_ratio = self.keep_ratios[name]
             if self.ramp is not None:
-                keep_ratio = self.ramp.keep_ratio(keep_ratio, self.steps)
+                keep_ratio = self.ramp.keep_ratio(keep_ratio, self.steps, self._initial[name])
             weight = self.model.get_submodule(name).weight
             try:
                 masks[name] = magnitude_mask(weight, keep_ratio, among=mask)

@@ -124,15 +124,28 @@ def post_training_quantize(calibrated: nn.Module, per_channel: bool, weight_bits
     return _convert(model)
 
 
-def prepare_qat(model: MobileNetV2Quantization, weight_bits: int = 8) -> nn.Module:
+def prepare_qat(
+    model: MobileNetV2Quantization, weight_bits: int = 8, has_batch_norms: bool = True
+) -> nn.Module:
     """A copy of a float model that trains with the rounding of int8, per channel.
 
     `calibrate_qat` gives its activations their first ranges. Its state_dict holds all that
-    `convert_qat` needs, and loads into another model of this function with the same `weight_bits`,
-    which is one of WEIGHT_BITS (see `layer_bits`).
+    `convert_qat` needs, and loads into another model of this function with the same arguments.
+
+    Args:
+        model: not fused; stays as it is.
+        weight_bits: one of WEIGHT_BITS; see `layer_bits`.
+        has_batch_norms: whether batch norms are trained. Otherwise they are folded into the weights
+            before, and a step takes half the time (static folding: Nagel et al., 2021, section 5.2.1,
+            https://arxiv.org/abs/2106.08295).
     """
-    model = copy.deepcopy(model).train()
-    model.fuse_model(is_qat=True)
+    if has_batch_norms:
+        model = copy.deepcopy(model).train()
+        model.fuse_model(is_qat=True)
+    else:
+        model = fold_batch_norms(without_constant_channels(model)).train()
+        # torch holds the biases that folding makes.
+        model.requires_grad_(True)
     with _quietly():
         _set_observers(
             model,
