@@ -37,10 +37,10 @@ SEEDS = {"": (0, 1, 2), "pruned_271_": (0, 1, 2), "pruned_150_": (0,), "pruned_1
 """Of the int8 models, by the prefix of their names; the float model has none."""
 INT8_KINDS = ("ptq_per_tensor", "ptq_per_channel", "qat")
 CUTOUT = ("--augment", "crop_flip_cutout", "--cutout_size", 12)
-QAT_RECIPE = (*CUTOUT, "--freeze_batch_norms", 0, "--freeze_ranges", 0)
-QAT_STEPS = ("--epochs", 1, "--num_train_batches", 80, "--lr", "1e-2")
-QAT_STEPS_PRUNED = ("--epochs", 1, "--num_train_batches", 60, "--lr", "3e-3")
-"""Few weights bear smaller steps only."""
+QAT_RECIPE = (
+    "--epochs", 1, "--num_train_batches", 60, "--lr", "3e-3", *CUTOUT,
+    "--freeze_batch_norms", 0, "--freeze_ranges", 0,
+)  # fmt: skip
 ENGINE = "onednn"
 """The fastest one at output stride 8."""
 SCAN_THRESHOLD_PCT = 88
@@ -241,8 +241,7 @@ def int8_steps(data: list[str]) -> Iterator[Step]:
             )  # fmt: skip
             yield Step(
                 f"quantize while training, seed {seed}", 5, "quantization_aware_training.py",
-                (*data, *common, "--teacher", FLOAT, *(QAT_STEPS_PRUNED if prefix else QAT_STEPS),
-                 *QAT_RECIPE, "--output", folder / "mobilenetv2_qat.pt"),
+                (*data, *common, "--teacher", FLOAT, *QAT_RECIPE, "--output", folder / "mobilenetv2_qat.pt"),
                 folder / "mobilenetv2_qat.pt", folder / "qat.json",
             )  # fmt: skip
     for name, pruning in PRUNINGS.items():
@@ -251,8 +250,7 @@ def int8_steps(data: list[str]) -> Iterator[Step]:
             f"quantize to weights of {pruning.few_bits} bits while training", 5,
             "quantization_aware_training.py",
             (*data, "--weights", qmodel_file(f"pruned_{name}_"), "--backend", ENGINE,
-             "--weight_bits", pruning.few_bits, "--teacher", FLOAT, *QAT_STEPS_PRUNED, *QAT_RECIPE,
-             "--output", output),
+             "--weight_bits", pruning.few_bits, "--teacher", FLOAT, *QAT_RECIPE, "--output", output),
             output, output.with_name("qat.json"),
         )  # fmt: skip
 
