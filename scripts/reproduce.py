@@ -32,6 +32,7 @@ PUBLISHED = RUNS / "published/mobilenetv2.pth"
 FLOAT_OS16 = RUNS / "float_os16/mobilenetv2.pth"
 FLOAT_OS8 = RUNS / "float_os8/mobilenetv2.pth"
 FLOAT = WEIGHTS / "mobilenetv2_cifar10.pth"
+FLOAT_OS16_CUTOUT = RUNS / "float_os16_cutout/mobilenetv2.pth"
 SCANNING_LOG = RESULTS / "scanning_log.csv"
 SEEDS = {"": (0, 1, 2), "pruned_271_": (0, 1, 2), "pruned_150_": (0,), "pruned_100_": (0,)}
 """Of the int8 models, by the prefix of their names; the float model has none."""
@@ -179,6 +180,13 @@ def float_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
          "--output", FLOAT),
         FLOAT, RESULTS / "float.json",
     )  # fmt: skip
+    yield Step(
+        "and back at output stride 16, longer", 75, "train.py",
+        (*data, "--weights", FLOAT, "--optimizer", "muon", "--lr", "0.15", "--muon_lr", "0.04",
+         "--scheduler", "cosine", "--weight_decay", "1e-3", "--epochs", 100, "--output_stride", 16,
+         *CUTOUT, "--label_smoothing", "0.1", *amp, "--output", FLOAT_OS16_CUTOUT),
+        FLOAT_OS16_CUTOUT, RESULTS / "float_os16_cutout.json",
+    )  # fmt: skip
 
 
 def pruning_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
@@ -279,7 +287,7 @@ def packing_steps() -> Iterator[Step]:
 
 def models() -> dict[str, Path]:
     """Every model of the table by its name."""
-    found = {"published_float": PUBLISHED, "float_os16": FLOAT_OS16, "float": FLOAT}
+    found = {"published_float": PUBLISHED, "float_os16": FLOAT_OS16_CUTOUT, "float": FLOAT}
     found |= {f"pruned_{name}": pruning.output for name, pruning in PRUNINGS.items()}
     for prefix, seeds in SEEDS.items():
         for kind, seed in itertools.product(INT8_KINDS, seeds):

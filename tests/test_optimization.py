@@ -11,22 +11,35 @@ from utils.optimization import build_optimizer, build_scheduler
 ARGS = Namespace(optimizer="muon", lr=0.2, muon_lr=0.05, weight_decay=5e-4, scheduler="one_cycle")
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
 @pytest.mark.parametrize("shape", [(24, 96), (96, 24), (32, 32)])
-def test_an_orthogonalized_matrix_keeps_its_directions_and_has_singular_values_of_about_one(shape):
+def test_an_orthogonalized_matrix_keeps_its_directions_and_has_singular_values_of_about_one(
+    shape, dtype, tolerance
+):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, values, v = torch.linalg.svd(matrix, full_matrices=False)
-    result = orthogonalize(matrix)
+    result = orthogonalize(matrix, dtype)
+    assert result.dtype == matrix.dtype
     in_its_directions = u.T @ result @ v.T
     diagonal = in_its_directions.diagonal()
-    assert (in_its_directions - diagonal.diag()).abs().max() < 1e-3
+    assert (in_its_directions - diagonal.diag()).abs().max() < tolerance
     well_conditioned = diagonal[values > 0.05 * values.max()]
     assert 0.6 < well_conditioned.min() <= well_conditioned.max() < 1.3
 
 
-def test_a_matrix_of_zeros_or_of_low_rank_stays_finite():
-    assert not orthogonalize(torch.zeros(8, 4)).any()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_matrix_of_zeros_or_of_low_rank_stays_finite(dtype):
+    assert not orthogonalize(torch.zeros(8, 4), dtype).any()
     low_rank = torch.outer(torch.ones(8), torch.ones(30))
-    assert torch.linalg.matrix_norm(orthogonalize(low_rank), 2) < 1.3
+    assert torch.linalg.matrix_norm(orthogonalize(low_rank, dtype), 2) < 1.3
+
+
+def test_bfloat16_orthogonalizes_a_gradient_of_fast_falling_singular_values_as_float32_does():
+    u, _, v = torch.linalg.svd(torch.randn(96, 160, generator=torch.Generator().manual_seed(0)), False)
+    matrix = u * torch.arange(1, 97) ** -1.0 @ v
+    exact, rounded = orthogonalize(matrix), orthogonalize(matrix, torch.bfloat16)
+    assert torch.linalg.matrix_norm(rounded, 2) < 1.3
+    assert torch.nn.functional.cosine_similarity(exact.flatten(), rounded.flatten(), 0) > 0.995
 
 
 def test_muon_steps_pointwise_convolutions_by_orthogonal_updates_and_the_rest_as_sgd():

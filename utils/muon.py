@@ -1,12 +1,14 @@
 """Muon: momentum SGD whose matrix updates are orthogonalized."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-NEWTON_SCHULZ_STEPS = 5
+NEWTON_SCHULZ_STEPS = {torch.float32: (5,), torch.bfloat16: (3, 2)}
+"""Steps that are taken together, by the type that is computed with; five in all."""
 MATRIX_MOMENTUM = 0.95
 
 
@@ -16,7 +18,18 @@ class Muon(torch.optim.SGD):
     Jordan et al., 2024 (https://kellerjordan.github.io/posts/muon/). torch.optim.Muon takes
     two-dimensional parameters alone; here a pointwise convolution's (out, in, 1, 1) is the matrix
     that it computes with, and one optimizer (one schedule, one state) steps everything.
+
+    Args:
+        groups: of parameters; each has `orthogonalize`, true or false.
+        dtype: float32 or bfloat16, in which updates are orthogonalized.
+        options: of torch.optim.SGD.
     """
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], dtype: torch.dtype = torch.float32, **options: Any
+    ) -> None:
+        super().__init__(groups, **options)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -35,31 +48,43 @@ class Muon(torch.optim.SGD):
                 update = gradient.lerp(momentum, MATRIX_MOMENTUM).flatten(1)
                 # Taller matrices move as far for each of their inputs as wide ones do.
                 scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
-                gradient.copy_(orthogonalize(update).mul_(scale).view_as(gradient))
+                gradient.copy_(orthogonalize(update, self.dtype).mul_(scale).view_as(gradient))
         return super().step(closure)
 
 
-def orthogonalize(matrix: Tensor) -> Tensor:
+def orthogonalize(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The nearest matrix (m, n) with singular values of about 1, by five Newton-Schulz steps.
 
     They come to lie between 0.7 and 1.2, which serves as well as 1 and takes fewer steps.
+
+    Args:
+        dtype: float32 or bfloat16, in which it is computed.
     """
-    a, b, c = NEWTON_SCHULZ
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if is_tall else matrix
-    x = x / (x.norm() + 1e-7)
-    # Every step multiplies x by a polynomial of x @ x.T, and all of these commute: the steps are
-    # taken on the small square matrix, and x is multiplied once.
+    x = (x / (x.norm() + 1e-7)).to(dtype)
+    for steps in NEWTON_SCHULZ_STEPS[dtype]:
+        x = _step_together(x, steps)
+    return (x.T if is_tall else x).to(matrix.dtype)
+
+
+def _step_together(x: Tensor, steps: int) -> Tensor:
+    """`steps` Newton-Schulz steps of a wide matrix.
+
+    Each multiplies x by a polynomial of x @ x.T, and all of these commute: the steps are taken on the
+    small square matrix, and x is multiplied once. Rounding errors grow from step to step, which
+    bfloat16 bears for three.
+    """
+    a, b, c = NEWTON_SCHULZ
     gram = x @ x.T
     product = None
-    for step in range(NEWTON_SCHULZ_STEPS):
+    for step in range(steps):
         factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal().add_(a)
         product = factor if product is None else factor @ product
-        if step + 1 < NEWTON_SCHULZ_STEPS:
+        if step + 1 < steps:
             gram = factor @ (factor @ gram)
-    x = product @ x
-    return x.T if is_tall else x
+    return product @ x
 
 
 def is_pointwise(parameter: nn.Parameter) -> bool:

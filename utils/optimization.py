@@ -92,7 +92,8 @@ def _build_muon(decayed: list[nn.Parameter], undecayed: dict[str, Any], args: Na
     ]
     for group in groups[1:]:
         group["orthogonalize"] = False
-    return Muon(groups, lr=args.lr, momentum=MOMENTUM, nesterov=True, fused=True)
+    dtype = torch.bfloat16 if getattr(args, "amp", False) else torch.float32
+    return Muon(groups, dtype, lr=args.lr, momentum=MOMENTUM, nesterov=True, fused=True)
 
 
 def build_scheduler(
