@@ -172,19 +172,22 @@ def float_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
          *sharp, *amp, "--output", FLOAT_OS8),
         FLOAT_OS8, RESULTS / "float_os8.json",
     )  # fmt: skip
+
+    def with_cutout(source: Path, epochs: int, output_stride: int) -> tuple[object, ...]:
+        return (
+            *data, "--weights", source, "--optimizer", "muon", "--lr", "0.15", "--muon_lr", "0.04",
+            "--scheduler", "cosine", "--weight_decay", "1e-3", "--epochs", epochs,
+            "--output_stride", output_stride, *CUTOUT, "--label_smoothing", "0.1", *amp,
+        )  # fmt: skip
+
     yield Step(
         "the same weights with cutout and more weight decay", 60, "train.py",
-        (*data, "--weights", FLOAT_OS8, "--optimizer", "muon", "--lr", "0.15", "--muon_lr", "0.04",
-         "--scheduler", "cosine", "--weight_decay", "1e-3", "--epochs", 34, "--output_stride", 8,
-         *CUTOUT, "--label_smoothing", "0.1", *amp,
-         "--output", FLOAT),
+        (*with_cutout(FLOAT_OS8, epochs=34, output_stride=8), "--output", FLOAT),
         FLOAT, RESULTS / "float.json",
     )  # fmt: skip
     yield Step(
         "and back at output stride 16, longer", 75, "train.py",
-        (*data, "--weights", FLOAT, "--optimizer", "muon", "--lr", "0.15", "--muon_lr", "0.04",
-         "--scheduler", "cosine", "--weight_decay", "1e-3", "--epochs", 100, "--output_stride", 16,
-         *CUTOUT, "--label_smoothing", "0.1", *amp, "--output", FLOAT_OS16_CUTOUT),
+        (*with_cutout(FLOAT, epochs=100, output_stride=16), "--output", FLOAT_OS16_CUTOUT),
         FLOAT_OS16_CUTOUT, RESULTS / "float_os16_cutout.json",
     )  # fmt: skip
 

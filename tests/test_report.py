@@ -246,6 +246,7 @@ def test_curves_by_script_and_folder(tmp_path):
         record = write(tmp_path, name, {"history": history(50.0, 60.0)})
         (tmp_path / f"{name}.json").write_text(json.dumps({**record, "command": f"python {script} --seed 0"}))
     write(tmp_path, "without_val", {"history": history(None)})
+    write(tmp_path, "of_one_epoch", {"history": history(50.0)})
     curve = [(1, 50.0), (2, 60.0)]
     assert list(training_curves(Results(tmp_path)).items()) == [
         ("training", {"float": curve}),

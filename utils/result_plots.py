@@ -114,7 +114,7 @@ def training_curves(results: Results) -> dict[str, dict[str, Curve]]:
 
 
 def _curve(content: Any) -> tuple[str, Curve] | None:
-    """The script and what it recorded, if it recorded a history with accuracies on val."""
+    """The script and what it recorded, if it recorded accuracies on val of more than one epoch."""
     measured = content.get("results") if isinstance(content, dict) else None
     if not isinstance(measured, dict) or "history" not in measured:
         return None
@@ -123,7 +123,7 @@ def _curve(content: Any) -> tuple[str, Curve] | None:
         for row in measured["history"]
         if row["val_accuracy_pct"] is not None
     ]
-    return (Path(content["command"].split()[1]).name, curve) if curve else None
+    return (Path(content["command"].split()[1]).name, curve) if len(curve) > 1 else None
 
 
 def plot_accuracy_against_size(path: str | os.PathLike, rows: Sequence[Row]) -> None:
