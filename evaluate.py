@@ -124,11 +124,12 @@ def main(args: argparse.Namespace) -> None:
     )
     file.use_engine()
     evaluation = evaluate(file.model.to(device), batches)
+    # First, since a reader such as `head` may end the printing early.
+    if args.record:
+        runtime.write_record(args.record, args, as_record(file, args.split, evaluation, data.class_names))
     print(describe_accuracy(args.split, evaluation, data.class_names))
     print()
     print(describe_model(file))
-    if args.record:
-        runtime.write_record(args.record, args, as_record(file, args.split, evaluation, data.class_names))
 
 
 if __name__ == "__main__":

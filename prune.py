@@ -18,7 +18,7 @@ from utils.batches import Batches
 from utils.compilation import add_compile_argument, check_compiler
 from utils.data import ImageData, load_data
 from utils.devices import add_amp_argument, add_device_argument, choose_device, device_of
-from utils.distillation import add_distillation_arguments, distillation, load_teacher
+from utils.distillation import add_distillation_arguments, load_teacher, training_loss
 from utils.errors import UserError
 from utils.evaluation import Evaluation, evaluate
 from utils.fast_training import use_fast_layers
@@ -39,7 +39,6 @@ from utils.training import (
     Run,
     add_training_arguments,
     check_training_outputs,
-    cross_entropy,
     finish,
     fit,
     select_on_val,
@@ -162,9 +161,6 @@ def recover(
     average = ExponentialMovingAverage(model, args.ema) if args.ema else None
     kept: nn.Module = average.module if average else model
     optimizer = build_optimizer(model, args)
-    loss_function = cross_entropy(args.label_smoothing)
-    if teacher is not None:
-        loss_function = distillation(teacher, loss_function, args.distill_weight, args.temperature)
 
     def update_average() -> None:
         average.update_parameters(model)
@@ -178,7 +174,7 @@ def recover(
             optimizer=optimizer,
             scheduler=build_scheduler(optimizer, args, args.epochs * len(batches)),
             epochs=args.epochs,
-            loss_function=loss_function,
+            loss_function=training_loss(teacher, args),
             candidate=select_on_val(kept, data, normalization),
             after_step=[pruner.step, update_average] if average else [pruner.step],
             first_selectable_epoch=max(1, ramp_epochs(args)),
@@ -203,7 +199,7 @@ def main(args: argparse.Namespace) -> None:
     keep_ratios = read_sparsity_dict(args.sparsity_dict, prunable_layers(weights.model))
     data = load_data(args, weights.image_size)
     weights = complete(args.weights, weights, data)
-    teacher = load_teacher(args.teacher, weights).to(device) if args.teacher else None
+    teacher = load_teacher(args.teacher, weights, device) if args.teacher else None
     model = weights.model.to(memory_format=torch.channels_last)
     test = Batches(data.test, weights.normalization, EVALUATION_BATCH_SIZE)
 

@@ -22,7 +22,7 @@ from utils.deployment import (
     format_comparison,
 )
 from utils.devices import add_device_argument, choose_device
-from utils.distillation import add_distillation_arguments, distillation, load_teacher
+from utils.distillation import add_distillation_arguments, load_teacher, training_loss
 from utils.evaluation import evaluate
 from utils.optimization import add_optimization_arguments, build_optimizer, build_scheduler
 from utils.pruner import FineGrainedPruner
@@ -40,7 +40,6 @@ from utils.training import (
     Run,
     add_training_arguments,
     check_training_outputs,
-    cross_entropy,
     finish,
     fit,
     training_batches,
@@ -124,9 +123,6 @@ def train(
     pruner = FineGrainedPruner.from_zeros(model)
     batches = replace(training_batches(data, weights.normalization, args), limit=args.num_train_batches)
     optimizer = build_optimizer(model, args)
-    loss_function = cross_entropy(args.label_smoothing)
-    if teacher is not None:
-        loss_function = distillation(teacher, loss_function, args.distill_weight, args.temperature)
     progress = fit(
         Run(
             model=model,
@@ -134,7 +130,7 @@ def train(
             optimizer=optimizer,
             scheduler=build_scheduler(optimizer, args, args.epochs * len(batches)),
             epochs=args.epochs,
-            loss_function=loss_function,
+            loss_function=training_loss(teacher, args),
             candidate=int8_on_val(model, weights, data, args),
             after_step=[pruner.apply],
             before_epoch=[freezing(model, args)],
@@ -155,7 +151,7 @@ def main(args: argparse.Namespace) -> None:
     data = load_data(args, weights.image_size)
     weights = complete(args.weights, weights, data)
     weights.model.to(memory_format=torch.channels_last)
-    teacher = load_teacher(args.teacher, weights).to(device) if args.teacher else None
+    teacher = load_teacher(args.teacher, weights, device) if args.teacher else None
 
     int8, progress = train(weights, teacher, data, device, args)
     if not distributed.is_main():

@@ -5,6 +5,7 @@ The published recipe is `--optimizer adam --lr 1e-4 --scheduler none --weight_de
 """
 
 import argparse
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from utils.batches import Batches
 from utils.compilation import add_compile_argument, check_compiler
 from utils.data import load_data, measure_normalization
 from utils.devices import add_amp_argument, add_device_argument, choose_device
+from utils.distillation import add_distillation_arguments, load_teacher, training_loss
 from utils.errors import UserError
 from utils.evaluation import evaluate
 from utils.fast_training import use_fast_layers
@@ -32,7 +34,6 @@ from utils.training import (
     Run,
     add_training_arguments,
     check_training_outputs,
-    cross_entropy,
     finish,
     fit,
     select_on_val,
@@ -76,6 +77,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add_optimization_arguments(parser, lr=0.2, weight_decay=5e-4)
     add_average_argument(parser)
+    add_distillation_arguments(parser)
     add_compile_argument(parser)
     cli.add_data_arguments(parser)
     cli.add_runtime_arguments(parser)
@@ -138,6 +140,8 @@ def main(args: argparse.Namespace) -> None:
     data = load_data(args)
     normalization = measure_normalization(data)
     model = build_model(args, len(data.class_names)).to(device)
+    student = Weights(model, "float", data.class_names, normalization, data.train.images.shape[-1])
+    teacher = load_teacher(args.teacher, student, device) if args.teacher else None
     if device.type == "cpu":
         use_fast_layers(model, kernels=not args.compile)
     average = ExponentialMovingAverage(model, args.ema) if args.ema else None
@@ -157,7 +161,7 @@ def main(args: argparse.Namespace) -> None:
             optimizer=optimizer,
             scheduler=build_scheduler(optimizer, args, args.epochs * len(batches)),
             epochs=args.epochs,
-            loss_function=cross_entropy(args.label_smoothing),
+            loss_function=training_loss(teacher, args),
             candidate=select_on_val(kept, data, normalization),
             after_step=[lambda: average.update_parameters(model)] if average else [],
             before_epoch=[set_output_stride],
@@ -179,10 +183,7 @@ def main(args: argparse.Namespace) -> None:
         "test_accuracy_pct": test.accuracy_pct,
         "test_loss": test.loss,
     }
-    image_size = data.train.images.shape[-1]
-    save_weights(
-        args.output, Weights(kept.cpu(), "float", data.class_names, normalization, image_size, metrics), args
-    )
+    save_weights(args.output, replace(student, model=kept.cpu(), metrics=metrics), args)
     if args.record:
         runtime.write_record(args.record, args, {**metrics, "history": progress.rows()})
     finish(args)

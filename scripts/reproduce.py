@@ -33,6 +33,7 @@ FLOAT_OS16 = RUNS / "float_os16/mobilenetv2.pth"
 FLOAT_OS8 = RUNS / "float_os8/mobilenetv2.pth"
 FLOAT = WEIGHTS / "mobilenetv2_cifar10.pth"
 FLOAT_OS16_CUTOUT = RUNS / "float_os16_cutout/mobilenetv2.pth"
+FLOAT_OS16_PACKED = WEIGHTS / "mobilenetv2_cifar10_os16.npz"
 SCANNING_LOG = RESULTS / "scanning_log.csv"
 SEEDS = {"": (0, 1, 2), "pruned_271_": (0, 1, 2), "pruned_150_": (0,), "pruned_100_": (0,)}
 """Of the int8 models, by the prefix of their names; the float model has none."""
@@ -103,10 +104,10 @@ class Step:
     record: Path | None = None
 
     def arguments(self) -> list[str]:
-        """All arguments; a training that was interrupted is resumed."""
+        """All arguments; a training that was interrupted is resumed, whatever record an older one left."""
         argv = [*self.argv, *(["--record", self.record] if self.record else [])]
         is_interrupted = self.script in TRAINING and checkpoint_path(self.output).is_file()
-        return [*map(str, argv), "--resume" if is_interrupted else "--force"]
+        return [*map(str, argv), "--force", *(["--resume"] if is_interrupted else [])]
 
     def is_done(self) -> bool:
         """Whether the output is there and was made by this command."""
@@ -142,6 +143,7 @@ def steps(data: list[str]) -> list[Step]:
         *float_steps(data, amp),
         *pruning_steps(data, amp),
         *int8_steps(data),
+        *taught_steps(data, amp),
         *packing_steps(),
         *measuring_steps(data),
         *allocation_steps(data, amp),
@@ -173,22 +175,12 @@ def float_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
         FLOAT_OS8, RESULTS / "float_os8.json",
     )  # fmt: skip
 
-    def with_cutout(source: Path, epochs: int, output_stride: int) -> tuple[object, ...]:
-        return (
-            *data, "--weights", source, "--optimizer", "muon", "--lr", "0.15", "--muon_lr", "0.04",
-            "--scheduler", "cosine", "--weight_decay", "1e-3", "--epochs", epochs,
-            "--output_stride", output_stride, *CUTOUT, "--label_smoothing", "0.1", *amp,
-        )  # fmt: skip
-
     yield Step(
         "the same weights with cutout and more weight decay", 60, "train.py",
-        (*with_cutout(FLOAT_OS8, epochs=34, output_stride=8), "--output", FLOAT),
+        (*data, "--weights", FLOAT_OS8, "--optimizer", "muon", "--lr", "0.15", "--muon_lr", "0.04",
+         "--scheduler", "cosine", "--weight_decay", "1e-3", "--epochs", 34, "--output_stride", 8,
+         *CUTOUT, "--label_smoothing", "0.1", *amp, "--output", FLOAT),
         FLOAT, RESULTS / "float.json",
-    )  # fmt: skip
-    yield Step(
-        "and back at output stride 16, longer", 75, "train.py",
-        (*with_cutout(FLOAT, epochs=100, output_stride=16), "--output", FLOAT_OS16_CUTOUT),
-        FLOAT_OS16_CUTOUT, RESULTS / "float_os16_cutout.json",
     )  # fmt: skip
 
 
@@ -266,6 +258,23 @@ def int8_steps(data: list[str]) -> Iterator[Step]:
         )  # fmt: skip
 
 
+def taught_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
+    """The float model at output stride 16, which learns from the int8 one at 8: that answers fast."""
+    teacher = int8_folder("", 0) / "mobilenetv2_ptq_per_channel.pt"
+    yield Step(
+        "back at output stride 16, with a teacher", 90, "train.py",
+        (*data, "--weights", FLOAT, "--teacher", teacher, "--optimizer", "muon", "--lr", "0.05",
+         "--muon_lr", "0.0125", "--scheduler", "cosine", "--weight_decay", "1e-3", "--epochs", 58,
+         "--output_stride", 16, "--augment", "crop_flip_trivialaugment_cutout", "--cutout_size", 8,
+         "--dropout", 0, "--label_smoothing", "0.1", *amp, "--output", FLOAT_OS16_CUTOUT),
+        FLOAT_OS16_CUTOUT, RESULTS / "float_os16_cutout.json",
+    )  # fmt: skip
+    yield Step(
+        "pack", 0.2, "scripts/pack_weights.py",
+        ("--weights", FLOAT_OS16_CUTOUT, "--dtype", "float16", "--o", FLOAT_OS16_PACKED), FLOAT_OS16_PACKED,
+    )  # fmt: skip
+
+
 def packed_files() -> dict[str, tuple[Path, tuple[str, ...]]]:
     """By name: what is packed, and the flags."""
     float16 = ("--dtype", "float16")
@@ -290,7 +299,12 @@ def packing_steps() -> Iterator[Step]:
 
 def models() -> dict[str, Path]:
     """Every model of the table by its name."""
-    found = {"published_float": PUBLISHED, "float_os16": FLOAT_OS16_CUTOUT, "float": FLOAT}
+    found = {
+        "published_float": PUBLISHED,
+        "float_os16": FLOAT_OS16_CUTOUT,
+        "packed_float16_at_output_stride_16": FLOAT_OS16_PACKED,
+        "float": FLOAT,
+    }
     found |= {f"pruned_{name}": pruning.output for name, pruning in PRUNINGS.items()}
     for prefix, seeds in SEEDS.items():
         for kind, seed in itertools.product(INT8_KINDS, seeds):

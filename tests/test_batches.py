@@ -6,7 +6,14 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from utils.batches import AUGMENTATIONS, CROP_PADDING, Batches, augment_images, normalize
+from utils.batches import (
+    AUGMENTATIONS,
+    CROP_PADDING,
+    TRIVIALAUGMENT_GROUP,
+    Batches,
+    augment_images,
+    normalize,
+)
 from utils.data import Normalization, Split
 
 NORMALIZATION = Normalization((0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
@@ -116,6 +123,28 @@ def test_cutout_of_size_0_is_crop_and_flip(split):
     assert torch.equal(cut, augment_images(split.images, "crop_flip", 8, seeded()))
 
 
+def test_trivialaugment_varies_groups_of_images_and_is_cut_out_afterwards():
+    images = positions(40)
+    varied = augment_images(images, "crop_flip_trivialaugment_cutout", 0, seeded())
+    assert varied.dtype == torch.uint8
+    assert varied.shape == images.shape
+    plain = augment_images(images, "crop_flip", 0, seeded())
+    is_varied = (varied != plain).flatten(1).any(1).view(-1, TRIVIALAUGMENT_GROUP).any(1)
+    assert 2 <= int(is_varied.sum()) < len(is_varied)  # among the transforms is the identity
+    cut = augment_images(images, "crop_flip_trivialaugment_cutout", SIDE, seeded())
+    assert bool(((cut == varied) | (cut == 0)).all())
+    assert bool((cut == 0).all(1).flatten(1).any(1).all())
+
+
+def test_augmenting_takes_nothing_from_the_global_generator(split):
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    for augment in AUGMENTATIONS:
+        augment_images(split.images, augment, 8, seeded())
+    assert torch.equal(torch.rand(4), expected)
+
+
 @pytest.mark.parametrize("augment", AUGMENTATIONS)
 def test_augmenting_leaves_the_split_as_it_is(split, augment):
     before = split.images.clone()
@@ -141,11 +170,10 @@ def test_shuffling_keeps_each_image_with_its_label(split):
     assert seen != list(range(50))
 
 
-def test_batches_depend_on_seed_and_epoch_alone(split):
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+def test_batches_depend_on_seed_and_epoch_alone(split, augment):
     def drawn(seed, epoch):
-        batches = Batches(
-            split, IDENTITY, 16, shuffle=True, augment="crop_flip_cutout", seed=seed, epoch=epoch
-        )
+        batches = Batches(split, IDENTITY, 16, shuffle=True, augment=augment, seed=seed, epoch=epoch)
         images, labels = zip(*batches, strict=True)
         return torch.cat(images), torch.cat(labels)
 

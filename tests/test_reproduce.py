@@ -40,6 +40,14 @@ def test_no_step_needs_what_only_a_later_one_makes(monkeypatch, tmp_path):
     assert len({step.record for step in PLAN if step.record}) == len([s for s in PLAN if s.record])
 
 
+def test_an_interrupted_training_is_resumed_beside_an_older_record(tmp_path):
+    output = tmp_path / "m.pth"
+    step = Step("a", 1, "train.py", ("--output", output), output, tmp_path / "record.json")
+    assert "--resume" not in step.arguments()
+    (tmp_path / "m.checkpoint.pth").touch()
+    assert {"--resume", "--force"} <= set(step.arguments())
+
+
 def test_the_list_names_every_command_and_its_time(run_script):
     printed = run_script("scripts/reproduce.py", "--list", *DATA).stdout
     assert len(re.findall(r"^\[\d+/\d+\] .*, about [\d.]+ minutes?$", printed, re.MULTILINE)) == len(PLAN)

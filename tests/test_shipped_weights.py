@@ -12,13 +12,19 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 
 @pytest.mark.parametrize(
-    ("name", "training", "evaluated"),
+    ("name", "training", "evaluated", "output_stride"),
     [
-        ("mobilenetv2_cifar10.pth", "float", "float"),
-        ("mobilenetv2_cifar10_pruned.pth", "prune_271", "pruned_271"),
+        ("mobilenetv2_cifar10.pth", "float", "float", 8),
+        ("mobilenetv2_cifar10_pruned.pth", "prune_271", "pruned_271", 8),
+        (
+            "mobilenetv2_cifar10_os16.npz",
+            "float_os16_cutout",
+            "packed_float16_at_output_stride_16",
+            16,
+        ),
     ],
 )
-def test_they_are_the_ones_that_were_measured(name, training, evaluated):
+def test_they_are_the_ones_that_were_measured(name, training, evaluated, output_stride):
     path = REPOSITORY / "weights" / name
     trained, measured = (
         json.loads((REPOSITORY / f"results/{record}.json").read_text())["results"]
@@ -26,7 +32,7 @@ def test_they_are_the_ones_that_were_measured(name, training, evaluated):
     )
     weights, file = load_weights(path), open_model(path)
     assert weights.class_names == CLASSES
-    assert weights.model.architecture["output_stride"] == 8
+    assert weights.model.architecture["output_stride"] == output_stride
     assert weights.metrics.items() <= trained.items()
     assert weights.metrics["test_accuracy_pct"] == pytest.approx(measured["accuracy_pct"], abs=0.05)
     assert (file.parameters, file.nonzeros) == (measured["parameters"], measured["nonzeros"])

@@ -2,14 +2,22 @@ import csv
 import json
 import signal
 import subprocess
+from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
 import torchvision
 
+from models import MobileNetV2
 from tests import script_process
 from tests.conftest import TINY_CLASSES
+from utils.data import Normalization
+from utils.distillation import load_teacher
+from utils.errors import UserError
+from utils.model_files import open_model
 from utils.pretrained import load_pretrained
+from utils.weights import Weights, load_weights, save_weights
 
 FAST = ("--width_mult", 0.1, "--output_stride", 32, "--batch_size", 32, "--threads", 1)
 
@@ -89,6 +97,7 @@ def test_a_resumed_run_ends_with_the_same_weights(train, tiny_folder, tmp_path, 
         (("--early_output_strides", "31:1"), "STRIDE:EPOCHS"),
         (("--early_output_strides", "32:30"), "leave at least one"),
         (("--weights", "nowhere.pth"), "does not exist"),
+        (("--teacher", "nowhere.pth"), "does not exist"),
         (("--resume",), "no checkpoint"),
         (("--dataset", "folder", "--data_dir", "nowhere"), "nowhere"),
         (("--dropout", 1), "--dropout"),
@@ -102,6 +111,41 @@ def test_bad_arguments_are_refused(train, tmp_path, argv, says):
     assert not output.exists()
 
 
+def test_an_int8_teacher_of_other_val_images_is_learned_from(train, tiny_scripted, tmp_path):
+    argv = ("--epochs", 1, "--val_size", 3)
+    teacher = tiny_scripted / "mobilenetv2_ptq_per_channel.pt"
+    alone, taught = tmp_path / "alone.pth", tmp_path / "taught.pth"
+    train(alone, *argv)
+    train(taught, *argv, "--teacher", teacher)
+    one, other = (torch.load(path, weights_only=True) for path in (alone, taught))
+    assert one["normalization"] == other["normalization"]
+    assert one["normalization"] != open_model(teacher).normalization
+    assert any(not torch.equal(value, other["state_dict"][key]) for key, value in one["state_dict"].items())
+    train(tmp_path / "again.pth", *argv, "--teacher", teacher)
+    again = torch.load(tmp_path / "again.pth", weights_only=True)
+    assert all(torch.equal(value, again["state_dict"][key]) for key, value in other["state_dict"].items())
+
+
+def test_a_teacher_must_know_the_same_images(tiny_qmodel, tiny_scripted, tmp_path):
+    student = replace(load_weights(tiny_qmodel, "qmodel"), kind="float")
+    student.model = MobileNetV2(**student.model.architecture)
+    cpu = torch.device("cpu")
+
+    def teacher_off_by(levels: float):
+        mean = tuple(value + levels / 255 for value in student.normalization.mean)
+        path = tmp_path / "teacher.pth"
+        save_weights(
+            path, replace(student, normalization=Normalization(mean, student.normalization.std)), Namespace()
+        )
+        return load_teacher(path, student, cpu)
+
+    assert isinstance(teacher_off_by(0.9), MobileNetV2)
+    with pytest.raises(UserError, match="normalization"):
+        teacher_off_by(1.1)
+    with pytest.raises(UserError, match="int8"):
+        load_teacher(tiny_scripted / "mobilenetv2_ptq_per_channel.pt", student, torch.device("meta"))
+
+
 def test_existing_weights_are_kept(train, tmp_path):
     output = tmp_path / "m.pth"
     output.write_text("precious")
@@ -109,12 +153,7 @@ def test_existing_weights_are_kept(train, tmp_path):
     assert output.read_text() == "precious"
 
 
-def test_starting_from_weights_of_other_classes_is_refused(train, tmp_path, run_script):
-    from argparse import Namespace
-
-    from models import MobileNetV2
-    from utils.weights import Weights, save_weights
-
+def test_starting_from_weights_of_other_classes_is_refused(train, tmp_path):
     other = tmp_path / "other.pth"
     save_weights(other, Weights(MobileNetV2(5, 0.1)), Namespace())
     assert "5 classes" in train(tmp_path / "m.pth", "--weights", other, expect=2).stderr
@@ -126,8 +165,6 @@ def test_pretrained_takes_all_but_the_classifier(monkeypatch):
     source = torchvision.models.mobilenet_v2()
     kind = type(torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V2)
     monkeypatch.setattr(kind, "get_state_dict", lambda *_, **__: source.state_dict())
-    from models import MobileNetV2
-
     model = MobileNetV2(num_classes=10)
     head = model.classifier[1].weight.clone()
     load_pretrained(model)

@@ -3,16 +3,21 @@
 https://arxiv.org/abs/1503.02531
 """
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
 from utils.cli import fraction, positive_float
+from utils.data import Normalization
 from utils.errors import UserError
-from utils.training import LossFunction
-from utils.weights import Weights, load_weights
+from utils.model_files import open_model
+from utils.training import LossFunction, cross_entropy
+from utils.weights import Weights
+
+NORMALIZATION_TOLERANCE = 1 / 255
+"""A grey level: more than another --val_size of the same images makes, less than other images do."""
 
 
 def add_distillation_arguments(parser: ArgumentParser) -> None:
@@ -20,8 +25,8 @@ def add_distillation_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("distillation")
     group.add_argument(
         "--teacher",
-        help="weights file whose answers are learned as well: that of the dense model, or a better one "
-        "(default: no distillation)",
+        help="model file whose answers are learned as well: that of the dense model, or a better one; "
+        "int8 answers fastest (default: no distillation)",
     )
     group.add_argument(
         "--distill_weight", type=fraction, default=0.9, help="share of the teacher in the loss, from 0 to 1"
@@ -34,22 +39,44 @@ def add_distillation_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def load_teacher(path: str, student: Weights) -> nn.Module:
+def load_teacher(path: str, student: Weights, device: torch.device) -> nn.Module:
     """The teacher, in eval mode, for a student whose classes and normalization are known.
 
+    Args:
+        path: any file that holds a model. An int8 one answers much faster than its float model, and
+            nearly the same.
+        student: what is to be trained.
+        device: where both run.
+
     Raises:
-        UserError: the file is no float weights, or made for other classes or another normalization.
+        UserError: the file holds no model, or one for other classes or another normalization, or an
+            int8 one when the device is no CPU.
     """
-    teacher = load_weights(path)
-    classes = teacher.model.architecture["num_classes"], student.model.architecture["num_classes"]
+    teacher = open_model(path)
+    classes = teacher.architecture["num_classes"], student.model.architecture["num_classes"]
     if classes[0] != classes[1] or teacher.class_names not in (None, student.class_names):
         raise UserError(f"--teacher {path} knows other classes than the model: give one of the same data set")
-    if teacher.normalization not in (None, student.normalization):
+    if not _is_alike(teacher.normalization or student.normalization, student.normalization):
         raise UserError(
             f"--teacher {path} was trained with another normalization than the model: "
-            "give one of the same data set and --val_size"
+            "give one of the same data set"
         )
-    return teacher.model.to(memory_format=torch.channels_last)
+    if teacher.engine is not None and device.type != "cpu":
+        raise UserError(f"--teacher {path} is int8, which runs on a CPU alone: give float weights")
+    return teacher.model.to(device, memory_format=torch.channels_last)
+
+
+def _is_alike(one: Normalization, other: Normalization) -> bool:
+    pairs = zip((*one.mean, *one.std), (*other.mean, *other.std), strict=True)
+    return all(abs(a - b) <= NORMALIZATION_TOLERANCE for a, b in pairs)
+
+
+def training_loss(teacher: nn.Module | None, args: Namespace) -> LossFunction:
+    """Cross-entropy with --label_smoothing, and the part of the teacher if there is one."""
+    loss_function = cross_entropy(args.label_smoothing)
+    if teacher is None:
+        return loss_function
+    return distillation(teacher, loss_function, args.distill_weight, args.temperature)
 
 
 def distillation(

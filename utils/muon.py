@@ -35,52 +35,60 @@ class Muon(torch.optim.SGD):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step; the gradients of the orthogonalized groups are replaced by their updates."""
         for group in self.param_groups:
-            if not group["orthogonalize"]:
-                continue
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                gradient = parameter.grad
-                momentum = state["momentum"].lerp_(gradient, 1 - MATRIX_MOMENTUM)
-                update = gradient.lerp(momentum, MATRIX_MOMENTUM).flatten(1)
-                # Taller matrices move as far for each of their inputs as wide ones do.
-                scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
-                gradient.copy_(orthogonalize(update, self.dtype).mul_(scale).view_as(gradient))
+            if group["orthogonalize"]:
+                self._orthogonalize([p for p in group["params"] if p.grad is not None])
         return super().step(closure)
 
+    def _orthogonalize(self, parameters: list[nn.Parameter]) -> None:
+        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            by_shape.setdefault(parameter.shape, []).append(parameter)
+        for alike in by_shape.values():
+            updates = torch.stack([self._update(parameter) for parameter in alike])
+            # Taller matrices move as far for each of their inputs as wide ones do.
+            scale = max(1.0, updates.shape[1] / updates.shape[2]) ** 0.5
+            for parameter, update in zip(alike, orthogonalize(updates, self.dtype) * scale, strict=True):
+                parameter.grad.copy_(update.view_as(parameter))
 
-def orthogonalize(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The nearest matrix (m, n) with singular values of about 1, by five Newton-Schulz steps.
+    def _update(self, parameter: nn.Parameter) -> Tensor:
+        """The gradient with Nesterov momentum, as a matrix."""
+        state, gradient = self.state[parameter], parameter.grad
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum = state["momentum"].lerp_(gradient, 1 - MATRIX_MOMENTUM)
+        return gradient.lerp(momentum, MATRIX_MOMENTUM).flatten(1)
+
+
+def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Of each matrix (…, m, n) the nearest with singular values of about 1, by five Newton-Schulz steps.
 
     They come to lie between 0.7 and 1.2, which serves as well as 1 and takes fewer steps.
 
     Args:
+        matrices: as many of a shape as there are, which takes less time than one by one.
         dtype: float32 or bfloat16, in which it is computed.
     """
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if is_tall else matrix
-    x = (x / (x.norm() + 1e-7)).to(dtype)
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if is_tall else matrices
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
     for steps in NEWTON_SCHULZ_STEPS[dtype]:
         x = _step_together(x, steps)
-    return (x.T if is_tall else x).to(matrix.dtype)
+    return (x.mT if is_tall else x).to(matrices.dtype)
 
 
 def _step_together(x: Tensor, steps: int) -> Tensor:
-    """`steps` Newton-Schulz steps of a wide matrix.
+    """`steps` Newton-Schulz steps of wide matrices.
 
     Each multiplies x by a polynomial of x @ x.T, and all of these commute: the steps are taken on the
     small square matrix, and x is multiplied once. Rounding errors grow from step to step, which
     bfloat16 bears for three.
     """
     a, b, c = NEWTON_SCHULZ
-    gram = x @ x.T
+    gram = x @ x.mT
     product = None
     for step in range(steps):
-        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        factor.diagonal().add_(a)
+        factor = torch.add(b * gram, gram @ gram, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
         product = factor if product is None else factor @ product
         if step + 1 < steps:
             gram = factor @ (factor @ gram)

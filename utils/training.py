@@ -210,7 +210,7 @@ def add_training_arguments(
         "--cutout_size",
         type=non_negative_int,
         default=8,
-        help="side in pixels of what --augment crop_flip_cutout cuts",
+        help="side in pixels of what the --augment that end with cutout cut",
     )
     group.add_argument(
         "--resume",
