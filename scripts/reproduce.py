@@ -33,7 +33,7 @@ FLOAT_OS16 = RUNS / "float_os16/mobilenetv2.pth"
 FLOAT_OS8 = RUNS / "float_os8/mobilenetv2.pth"
 FLOAT = WEIGHTS / "mobilenetv2_cifar10.pth"
 FLOAT_OS16_CUTOUT = RUNS / "float_os16_cutout/mobilenetv2.pth"
-FLOAT_OS16_PACKED = WEIGHTS / "mobilenetv2_cifar10_os16.npz"
+PACKED_OS16 = "packed_float16_at_output_stride_16"
 SCANNING_LOG = RESULTS / "scanning_log.csv"
 SEEDS = {"": (0, 1, 2), "pruned_271_": (0, 1, 2), "pruned_150_": (0,), "pruned_100_": (0,)}
 """Of the int8 models, by the prefix of their names; the float model has none."""
@@ -269,16 +269,17 @@ def taught_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
          "--dropout", 0, "--label_smoothing", "0.1", *amp, "--output", FLOAT_OS16_CUTOUT),
         FLOAT_OS16_CUTOUT, RESULTS / "float_os16_cutout.json",
     )  # fmt: skip
-    yield Step(
-        "pack", 0.2, "scripts/pack_weights.py",
-        ("--weights", FLOAT_OS16_CUTOUT, "--dtype", "float16", "--o", FLOAT_OS16_PACKED), FLOAT_OS16_PACKED,
-    )  # fmt: skip
+
+
+def packed_file(name: str) -> Path:
+    """Where a packed file is, by its name; one of them comes with the repository."""
+    return WEIGHTS / "mobilenetv2_cifar10_os16.npz" if name == PACKED_OS16 else RUNS / f"packed/{name}.npz"
 
 
 def packed_files() -> dict[str, tuple[Path, tuple[str, ...]]]:
     """By name: what is packed, and the flags."""
     float16 = ("--dtype", "float16")
-    files = {"packed_float16": (FLOAT, float16)}
+    files = {"packed_float16": (FLOAT, float16), PACKED_OS16: (FLOAT_OS16_CUTOUT, float16)}
     for name, pruning in PRUNINGS.items():
         packed = f"packed_pruned_{name}"
         files[f"{packed}_float16"] = pruning.output, float16
@@ -291,7 +292,7 @@ def packed_files() -> dict[str, tuple[Path, tuple[str, ...]]]:
 def packing_steps() -> Iterator[Step]:
     """Files that are as small as what is in them."""
     for name, (source, flags) in packed_files().items():
-        packed = RUNS / f"packed/{name}.npz"
+        packed = packed_file(name)
         yield Step(
             "pack", 0.2, "scripts/pack_weights.py", ("--weights", source, *flags, "--o", packed), packed
         )
@@ -299,17 +300,12 @@ def packing_steps() -> Iterator[Step]:
 
 def models() -> dict[str, Path]:
     """Every model of the table by its name."""
-    found = {
-        "published_float": PUBLISHED,
-        "float_os16": FLOAT_OS16_CUTOUT,
-        "packed_float16_at_output_stride_16": FLOAT_OS16_PACKED,
-        "float": FLOAT,
-    }
+    found = {"published_float": PUBLISHED, "float_os16": FLOAT_OS16_CUTOUT, "float": FLOAT}
     found |= {f"pruned_{name}": pruning.output for name, pruning in PRUNINGS.items()}
     for prefix, seeds in SEEDS.items():
         for kind, seed in itertools.product(INT8_KINDS, seeds):
             found[f"{prefix}{kind}_s{seed}"] = int8_folder(prefix, seed) / f"mobilenetv2_{kind}.pt"
-    return found | {name: RUNS / f"packed/{name}.npz" for name in packed_files()}
+    return found | {name: packed_file(name) for name in packed_files()}
 
 
 def measuring_steps(data: list[str]) -> Iterator[Step]:

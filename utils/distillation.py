@@ -10,14 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
 from utils.cli import fraction, positive_float
-from utils.data import Normalization
 from utils.errors import UserError
 from utils.model_files import open_model
 from utils.training import LossFunction, cross_entropy
 from utils.weights import Weights
-
-NORMALIZATION_TOLERANCE = 1 / 255
-"""A grey level: more than another --val_size of the same images makes, less than other images do."""
 
 
 def add_distillation_arguments(parser: ArgumentParser) -> None:
@@ -56,19 +52,14 @@ def load_teacher(path: str, student: Weights, device: torch.device) -> nn.Module
     classes = teacher.architecture["num_classes"], student.model.architecture["num_classes"]
     if classes[0] != classes[1] or teacher.class_names not in (None, student.class_names):
         raise UserError(f"--teacher {path} knows other classes than the model: give one of the same data set")
-    if not _is_alike(teacher.normalization or student.normalization, student.normalization):
+    if teacher.normalization not in (None, student.normalization):
         raise UserError(
             f"--teacher {path} was trained with another normalization than the model: "
-            "give one of the same data set"
+            "give one of the same data set and --val_size"
         )
     if teacher.engine is not None and device.type != "cpu":
         raise UserError(f"--teacher {path} is int8, which runs on a CPU alone: give float weights")
     return teacher.model.to(device, memory_format=torch.channels_last)
-
-
-def _is_alike(one: Normalization, other: Normalization) -> bool:
-    pairs = zip((*one.mean, *one.std), (*other.mean, *other.std), strict=True)
-    return all(abs(a - b) <= NORMALIZATION_TOLERANCE for a, b in pairs)
 
 
 def training_loss(teacher: nn.Module | None, args: Namespace) -> LossFunction:
