@@ -1,7 +1,7 @@
 """Quantize a qmodel to int8 without training: per tensor and per channel, beside the float model.
 
-Ranges of activations are taken from training images; the test images are only reported on. Three
-TorchScript files are written, which run without this repository.
+Ranges of activations and corrections of biases are taken from training images; the test images are
+only reported on. Three TorchScript files are written, which run without this repository.
 """
 
 import argparse
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from utils import cli, errors, runtime
 from utils.batches import Batches
+from utils.bias_correction import correct_biases
 from utils.data import load_data
 from utils.deployment import (
     add_quantization_arguments,
@@ -56,12 +57,12 @@ def main(args: argparse.Namespace) -> None:
     weights = complete(args.weights, weights, data)
 
     print("[1/3] calibrating", flush=True)
-    calibrated = calibrate(weights.model, calibration_batches(data, weights.normalization, args))
-    models = {
-        "float": fold_batch_norms(weights.model),
-        "ptq_per_tensor": post_training_quantize(calibrated, False, args.weight_bits),
-        "ptq_per_channel": post_training_quantize(calibrated, True, args.weight_bits),
-    }
+    calibration = calibration_batches(data, weights.normalization, args)
+    calibrated = calibrate(weights.model, calibration)
+    models = {"float": fold_batch_norms(weights.model)}
+    for variant, per_channel in (("ptq_per_tensor", False), ("ptq_per_channel", True)):
+        int8 = post_training_quantize(calibrated, per_channel, args.weight_bits)
+        models[variant] = correct_biases(int8, models["float"], calibration)
     print("[2/3] evaluating on test images", flush=True)
     test = Batches(data.test, weights.normalization, args.batch_size, limit=args.num_eval_batches)
     deployments = {

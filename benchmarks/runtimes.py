@@ -31,6 +31,7 @@ from torch import Tensor
 from models import MobileNetV2, MobileNetV2Quantization
 from utils import cli, errors, quantization, runtime
 from utils.batches import Batches
+from utils.bias_correction import correct_biases
 from utils.data import ImageData, load_data
 from utils.errors import UserError
 from utils.latency import Latency, measure_fastest_forms
@@ -127,8 +128,9 @@ def torchscript_contestants(
     """Ours: float in each of its forms, int8 with each engine."""
     calibrated = quantization.calibrate(weights.model, calibration)
     quantization.use_engine(engines[0])
+    folded = quantization.fold_batch_norms(weights.model)
     model = quantization.post_training_quantize(calibrated, per_channel=True)
-    int8 = to_torchscript(model, weights.image_size)
+    int8 = to_torchscript(correct_biases(model, folded, calibration), weights.image_size)
 
     def start(_threads: int, _batch_size: int) -> dict[str, Run]:
         runs = {}
@@ -137,7 +139,7 @@ def torchscript_contestants(
             runs[engine] = fresh_copy(int8)  # kernels are made for the first batch
         return runs
 
-    floats = float_forms(quantization.fold_batch_norms(weights.model), weights.image_size)
+    floats = float_forms(folded, weights.image_size)
     return {
         FLOAT: Contestant(lambda threads, batch_size: floats, torch.channels_last),
         OURS: Contestant(start, torch.channels_last),

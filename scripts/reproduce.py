@@ -33,9 +33,10 @@ FLOAT_OS16 = RUNS / "float_os16/mobilenetv2.pth"
 FLOAT_OS8 = RUNS / "float_os8/mobilenetv2.pth"
 FLOAT = WEIGHTS / "mobilenetv2_cifar10.pth"
 FLOAT_OS16_CUTOUT = RUNS / "float_os16_cutout/mobilenetv2.pth"
+FLOAT_OS16_LONGER = RUNS / "float_os16_longer/mobilenetv2.pth"
 PACKED_OS16 = "packed_float16_at_output_stride_16"
 SCANNING_LOG = RESULTS / "scanning_log.csv"
-SEEDS = {"": (0, 1, 2), "pruned_271_": (0, 1, 2), "pruned_150_": (0,), "pruned_100_": (0,)}
+SEEDS = {"": (0, 1, 2), "pruned_271_": (0, 1, 2), "pruned_100_": (0,)}
 """Of the int8 models, by the prefix of their names; the float model has none."""
 INT8_KINDS = ("ptq_per_tensor", "ptq_per_channel", "qat")
 CUTOUT = ("--augment", "crop_flip_cutout", "--cutout_size", 12)
@@ -43,8 +44,11 @@ QAT_RECIPE = (
     "--epochs", 1, "--num_train_batches", 60, "--lr", "3e-3", *CUTOUT,
     "--freeze_batch_norms", 0, "--freeze_ranges", 0,
 )  # fmt: skip
+TRIVIALAUGMENT = ("--augment", "crop_flip_trivialaugment_cutout", "--cutout_size", 8)
 ENGINE = "onednn"
 """The fastest one at output stride 8."""
+TEACHER = RUNS / "int8/s0/mobilenetv2_ptq_per_channel.pt"
+"""The int8 form of the float model, which answers fast."""
 SCAN_THRESHOLD_PCT = 88
 """Of val accuracy, below which the scan does not recommend to go."""
 
@@ -60,6 +64,9 @@ class Pruning:
         epochs: in all.
         lr: and muon_lr, the highest rates.
         few_bits: of a weight in the smallest file.
+        teacher: whose answers are learned.
+        augment: the flags of what varies the images.
+        finish_epochs: afterwards, with cutout alone.
     """
 
     source: Path
@@ -69,6 +76,19 @@ class Pruning:
     lr: str = "0.05"
     muon_lr: str = "0.0125"
     few_bits: int = 5
+    teacher: Path = FLOAT
+    augment: tuple[object, ...] = CUTOUT
+    finish_epochs: int = 0
+
+    @property
+    def model(self) -> Path:
+        """The weights in the end."""
+        folder = self.output.parent
+        return (
+            folder.with_name(f"{folder.name}_cutout") / self.output.name
+            if self.finish_epochs
+            else self.output
+        )
 
 
 PRUNED = WEIGHTS / "mobilenetv2_cifar10_pruned.pth"
@@ -76,7 +96,15 @@ PRUNED_150 = RUNS / "pruned_150/mobilenetv2.pth"
 PRUNINGS = {
     "271": Pruning(FLOAT, PRUNED, 1, 9, few_bits=6),
     "150": Pruning(FLOAT, PRUNED_150, 3, 14, few_bits=6),
-    "100": Pruning(FLOAT, RUNS / "pruned_100/mobilenetv2.pth", 4, 22),
+    "100": Pruning(
+        PRUNED,
+        RUNS / "pruned_100/mobilenetv2.pth",
+        4,
+        18,
+        teacher=TEACHER,
+        augment=TRIVIALAUGMENT,
+        finish_epochs=4,
+    ),
     "170": Pruning(PRUNED, RUNS / "pruned_170/mobilenetv2.pth", 1, 3, "0.02", "0.005"),
     "125": Pruning(PRUNED_150, RUNS / "pruned_125/mobilenetv2.pth", 1, 3, "0.02", "0.005"),
 }
@@ -141,9 +169,10 @@ def steps(data: list[str]) -> list[Step]:
     amp = ["--amp"] if is_fast_in_bfloat16() else []
     return [
         *float_steps(data, amp),
-        *pruning_steps(data, amp),
-        *int8_steps(data),
+        *int8_steps(data, "", FLOAT),
         *taught_steps(data, amp),
+        *pruning_steps(data, amp),
+        *pruned_int8_steps(data),
         *packing_steps(),
         *measuring_steps(data),
         *allocation_steps(data, amp),
@@ -201,12 +230,21 @@ def pruning_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
         )  # fmt: skip
         yield Step(
             "prune and recover", 3 * pruning.epochs, "prune.py",
-            (*data, *amp, "--weights", pruning.source, "--sparsity_dict", sparsity_dict, "--teacher", FLOAT,
-             "--schedule", "gradual", "--optimizer", "muon", "--lr", pruning.lr, "--muon_lr", pruning.muon_lr,
-             *CUTOUT, "--ramp_epochs", pruning.ramp_epochs, "--epochs", pruning.epochs,
+            (*data, *amp, "--weights", pruning.source, "--sparsity_dict", sparsity_dict,
+             "--teacher", pruning.teacher, "--schedule", "gradual", "--optimizer", "muon",
+             "--lr", pruning.lr, "--muon_lr", pruning.muon_lr,
+             *pruning.augment, "--ramp_epochs", pruning.ramp_epochs, "--epochs", pruning.epochs,
              "--output", pruning.output),
             pruning.output, RESULTS / f"prune_{name}.json",
         )  # fmt: skip
+        if pruning.finish_epochs:
+            yield Step(
+                "train on with cutout alone", 3 * pruning.finish_epochs, "prune.py",
+                (*data, *amp, "--weights", pruning.output, "--sparsity_dict", sparsity_dict,
+                 "--teacher", pruning.teacher, "--optimizer", "muon", "--lr", "0.02", "--muon_lr", "0.005",
+                 *CUTOUT, "--epochs", pruning.finish_epochs, "--output", pruning.model),
+                pruning.model, RESULTS / f"prune_{name}_cutout.json",
+            )  # fmt: skip
 
 
 def int8_folder(prefix: str, seed: int) -> Path:
@@ -224,51 +262,56 @@ def few_bits_file(name: str) -> Path:
     return RUNS / f"int8/pruned_{name}_few_bits/mobilenetv2_qat.pt"
 
 
-def int8_steps(data: list[str]) -> Iterator[Step]:
-    """PTQ and QAT with several seeds, of the float model and of the pruned ones."""
-    sources = {"": FLOAT} | {f"pruned_{name}_": pruning.output for name, pruning in PRUNINGS.items()}
-    for prefix, source in sources.items():
-        qmodel = qmodel_file(prefix)
-        yield Step("convert for quantization", 0.1, "scripts/to_qmodel_weights.py",
-                   ("--weights", source, "--output", qmodel), qmodel)  # fmt: skip
-    for prefix, seeds in SEEDS.items():
-        qmodel = qmodel_file(prefix)
-        for seed in seeds:
-            folder = int8_folder(prefix, seed)
-            common = ("--weights", qmodel, "--backend", ENGINE, "--seed", seed)
-            yield Step(
-                f"quantize after training, seed {seed}", 1, "post_training_quantization.py",
-                # Accuracies and times are measured below.
-                (*data, *common, "--num_eval_batches", 1, "--latency_rounds", 1, "--output_dir", folder),
-                folder, folder / "ptq.json",
-            )  # fmt: skip
-            yield Step(
-                f"quantize while training, seed {seed}", 5, "quantization_aware_training.py",
-                (*data, *common, "--teacher", FLOAT, *QAT_RECIPE, "--output", folder / "mobilenetv2_qat.pt"),
-                folder / "mobilenetv2_qat.pt", folder / "qat.json",
-            )  # fmt: skip
+def int8_steps(data: list[str], prefix: str, source: Path) -> Iterator[Step]:
+    """PTQ and QAT of a model with each of its seeds."""
+    qmodel = qmodel_file(prefix)
+    yield Step("convert for quantization", 0.1, "scripts/to_qmodel_weights.py",
+               ("--weights", source, "--output", qmodel), qmodel)  # fmt: skip
+    for seed in SEEDS.get(prefix, ()):
+        folder = int8_folder(prefix, seed)
+        common = ("--weights", qmodel, "--backend", ENGINE, "--seed", seed)
+        yield Step(
+            f"quantize after training, seed {seed}", 1, "post_training_quantization.py",
+            # Accuracies and times are measured below.
+            (*data, *common, "--num_eval_batches", 1, "--latency_rounds", 1, "--output_dir", folder),
+            folder, folder / "ptq.json",
+        )  # fmt: skip
+        yield Step(
+            f"quantize while training, seed {seed}", 5, "quantization_aware_training.py",
+            (*data, *common, "--teacher", FLOAT, *QAT_RECIPE, "--output", folder / "mobilenetv2_qat.pt"),
+            folder / "mobilenetv2_qat.pt", folder / "qat.json",
+        )  # fmt: skip
+
+
+def pruned_int8_steps(data: list[str]) -> Iterator[Step]:
+    """The same of each pruned model, and one with fewer bits, for a small file."""
     for name, pruning in PRUNINGS.items():
+        prefix = f"pruned_{name}_"
+        yield from int8_steps(data, prefix, pruning.model)
         output = few_bits_file(name)
         yield Step(
             f"quantize to weights of {pruning.few_bits} bits while training", 5,
             "quantization_aware_training.py",
-            (*data, "--weights", qmodel_file(f"pruned_{name}_"), "--backend", ENGINE,
+            (*data, "--weights", qmodel_file(prefix), "--backend", ENGINE,
              "--weight_bits", pruning.few_bits, "--teacher", FLOAT, *QAT_RECIPE, "--output", output),
             output, output.with_name("qat.json"),
         )  # fmt: skip
 
 
 def taught_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
-    """The float model at output stride 16, which learns from the int8 one at 8: that answers fast."""
-    teacher = int8_folder("", 0) / "mobilenetv2_ptq_per_channel.pt"
-    yield Step(
-        "back at output stride 16, with a teacher", 90, "train.py",
-        (*data, "--weights", FLOAT, "--teacher", teacher, "--optimizer", "muon", "--lr", "0.05",
-         "--muon_lr", "0.0125", "--scheduler", "cosine", "--weight_decay", "1e-3", "--epochs", 58,
-         "--output_stride", 16, "--augment", "crop_flip_trivialaugment_cutout", "--cutout_size", 8,
-         "--dropout", 0, "--label_smoothing", "0.1", *amp, "--output", FLOAT_OS16_CUTOUT),
-        FLOAT_OS16_CUTOUT, RESULTS / "float_os16_cutout.json",
-    )  # fmt: skip
+    """The float model at output stride 16, which learns from the int8 one at 8."""
+    for title, minutes, source, lr, muon_lr, epochs, output in (
+        ("back at output stride 16, with a teacher", 90, FLOAT, "0.05", "0.0125", 58, FLOAT_OS16_CUTOUT),
+        ("the same for longer", 40, FLOAT_OS16_CUTOUT, "0.02", "0.005", 24, FLOAT_OS16_LONGER),
+    ):
+        yield Step(
+            title, minutes, "train.py",
+            (*data, "--weights", source, "--teacher", TEACHER, "--optimizer", "muon", "--lr", lr,
+             "--muon_lr", muon_lr, "--scheduler", "cosine", "--weight_decay", "1e-3", "--epochs", epochs,
+             "--output_stride", 16, *TRIVIALAUGMENT, "--dropout", 0, "--label_smoothing", "0.1", *amp,
+             "--output", output),
+            output, RESULTS / f"{output.parent.name}.json",
+        )  # fmt: skip
 
 
 def packed_file(name: str) -> Path:
@@ -279,10 +322,10 @@ def packed_file(name: str) -> Path:
 def packed_files() -> dict[str, tuple[Path, tuple[str, ...]]]:
     """By name: what is packed, and the flags."""
     float16 = ("--dtype", "float16")
-    files = {"packed_float16": (FLOAT, float16), PACKED_OS16: (FLOAT_OS16_CUTOUT, float16)}
+    files = {"packed_float16": (FLOAT, float16), PACKED_OS16: (FLOAT_OS16_LONGER, float16)}
     for name, pruning in PRUNINGS.items():
         packed = f"packed_pruned_{name}"
-        files[f"{packed}_float16"] = pruning.output, float16
+        files[f"{packed}_float16"] = pruning.model, float16
         if f"pruned_{name}_" in SEEDS:
             files[f"{packed}_int8"] = int8_folder(f"pruned_{name}_", 0) / "mobilenetv2_qat.pt", ()
         files[f"{packed}_int8_{pruning.few_bits}_bits"] = few_bits_file(name), ()
@@ -300,8 +343,8 @@ def packing_steps() -> Iterator[Step]:
 
 def models() -> dict[str, Path]:
     """Every model of the table by its name."""
-    found = {"published_float": PUBLISHED, "float_os16": FLOAT_OS16_CUTOUT, "float": FLOAT}
-    found |= {f"pruned_{name}": pruning.output for name, pruning in PRUNINGS.items()}
+    found = {"published_float": PUBLISHED, "float_os16": FLOAT_OS16_LONGER, "float": FLOAT}
+    found |= {f"pruned_{name}": pruning.model for name, pruning in PRUNINGS.items()}
     for prefix, seeds in SEEDS.items():
         for kind, seed in itertools.product(INT8_KINDS, seeds):
             found[f"{prefix}{kind}_s{seed}"] = int8_folder(prefix, seed) / f"mobilenetv2_{kind}.pt"
@@ -313,11 +356,12 @@ def measuring_steps(data: list[str]) -> Iterator[Step]:
     for name, path in models().items():
         record = RESULTS / f"evaluate/{name}.json"
         yield Step(f"evaluate {name}", 0.5, "evaluate.py", (*data, "--weights", path), record, record)
-    # Seeds and packing change no time.
+    # Seeds, packing and other densities change no time.
+    untimed = {f"pruned_{name}" for name in PRUNINGS if f"pruned_{name}_" not in SEEDS}
     timed = [
         path
         for name, path in models().items()
-        if not (name.endswith(("_s1", "_s2")) or path.suffix == ".npz")
+        if not (name in untimed or name.endswith(("_s1", "_s2")) or path.suffix == ".npz")
     ]
     latency = RESULTS / "latency.json"
     yield Step("time them side by side", 3, "scripts/benchmarks.py",

@@ -124,7 +124,7 @@ def test_where_the_numbers_come_from(whole):
 
 def test_a_training_alone_gives_accuracy_only(folder):
     write(folder, "published_recipe", {"test_accuracy_pct": 54.82})
-    write(folder, "float_os16_cutout", {"test_accuracy_pct": 86.57})
+    write(folder, "float_os16_longer", {"test_accuracy_pct": 86.57})
     lines = lines_of(folder)
     assert lines["float"] == "| float | 54.82 | +0.00 | – | – | – | – | – |"
     # There is no float model at output stride 8 to compare with.

@@ -18,7 +18,7 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
         ("mobilenetv2_cifar10_pruned.pth", "prune_271", "pruned_271", 8),
         (
             "mobilenetv2_cifar10_os16.npz",
-            "float_os16_cutout",
+            "float_os16_longer",
             "packed_float16_at_output_stride_16",
             16,
         ),

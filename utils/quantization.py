@@ -413,11 +413,11 @@ def _convert(model: nn.Module) -> nn.Module:
         sequence[-1] = nn.Identity()
     with _quietly():
         eager.convert(model, inplace=True)
-        _round_biases(model)
+        round_biases(model)
     return model
 
 
-def _round_biases(model: nn.Module) -> None:
+def round_biases(model: nn.Module) -> None:
     """Make each bias of an int8 model a whole number of accumulator steps, with no needless digits.
 
     fbgemm takes any float, but other engines and runtimes hold biases as int32; rounded once here, all

@@ -17,7 +17,7 @@ HEADERS = (
 PUBLISHED, RECIPE, OURS = "published", "the published recipe, run here", "ours"
 FLOAT, FLOAT_16 = "float", "float at output stride 16"
 INT8_FORMS = {"PTQ per tensor": "ptq_per_tensor", "PTQ per channel": "ptq_per_channel", "QAT": "qat"}
-TRAININGS = {"published_float": "published_recipe", "float_os16": "float_os16_cutout"}
+TRAININGS = {"published_float": "published_recipe", "float_os16": "float_os16_longer"}
 """The record of the training that made what evaluate/NAME is about, where it has another name; of
 pruned_NNN it is prune_NNN."""
 
