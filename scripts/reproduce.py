@@ -36,7 +36,7 @@ FLOAT_OS16_CUTOUT = RUNS / "float_os16_cutout/mobilenetv2.pth"
 FLOAT_OS16_LONGER = RUNS / "float_os16_longer/mobilenetv2.pth"
 PACKED_OS16 = "packed_float16_at_output_stride_16"
 SCANNING_LOG = RESULTS / "scanning_log.csv"
-SEEDS = {"": (0, 1, 2), "pruned_271_": (0, 1, 2), "pruned_100_": (0,)}
+SEEDS = {"": (0, 1, 2), "pruned_271_": (0, 1, 2), "pruned_150_": (0,), "pruned_100_": (0,)}
 """Of the int8 models, by the prefix of their names; the float model has none."""
 INT8_KINDS = ("ptq_per_tensor", "ptq_per_channel", "qat")
 CUTOUT = ("--augment", "crop_flip_cutout", "--cutout_size", 12)
@@ -64,9 +64,6 @@ class Pruning:
         epochs: in all.
         lr: and muon_lr, the highest rates.
         few_bits: of a weight in the smallest file.
-        teacher: whose answers are learned.
-        augment: the flags of what varies the images.
-        finish_epochs: afterwards, with cutout alone.
     """
 
     source: Path
@@ -76,19 +73,6 @@ class Pruning:
     lr: str = "0.05"
     muon_lr: str = "0.0125"
     few_bits: int = 5
-    teacher: Path = FLOAT
-    augment: tuple[object, ...] = CUTOUT
-    finish_epochs: int = 0
-
-    @property
-    def model(self) -> Path:
-        """The weights in the end."""
-        folder = self.output.parent
-        return (
-            folder.with_name(f"{folder.name}_cutout") / self.output.name
-            if self.finish_epochs
-            else self.output
-        )
 
 
 PRUNED = WEIGHTS / "mobilenetv2_cifar10_pruned.pth"
@@ -96,15 +80,7 @@ PRUNED_150 = RUNS / "pruned_150/mobilenetv2.pth"
 PRUNINGS = {
     "271": Pruning(FLOAT, PRUNED, 1, 9, few_bits=6),
     "150": Pruning(FLOAT, PRUNED_150, 3, 14, few_bits=6),
-    "100": Pruning(
-        PRUNED,
-        RUNS / "pruned_100/mobilenetv2.pth",
-        4,
-        18,
-        teacher=TEACHER,
-        augment=TRIVIALAUGMENT,
-        finish_epochs=4,
-    ),
+    "100": Pruning(FLOAT, RUNS / "pruned_100/mobilenetv2.pth", 4, 22),
     "170": Pruning(PRUNED, RUNS / "pruned_170/mobilenetv2.pth", 1, 3, "0.02", "0.005"),
     "125": Pruning(PRUNED_150, RUNS / "pruned_125/mobilenetv2.pth", 1, 3, "0.02", "0.005"),
 }
@@ -230,21 +206,12 @@ def pruning_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
         )  # fmt: skip
         yield Step(
             "prune and recover", 3 * pruning.epochs, "prune.py",
-            (*data, *amp, "--weights", pruning.source, "--sparsity_dict", sparsity_dict,
-             "--teacher", pruning.teacher, "--schedule", "gradual", "--optimizer", "muon",
-             "--lr", pruning.lr, "--muon_lr", pruning.muon_lr,
-             *pruning.augment, "--ramp_epochs", pruning.ramp_epochs, "--epochs", pruning.epochs,
+            (*data, *amp, "--weights", pruning.source, "--sparsity_dict", sparsity_dict, "--teacher", FLOAT,
+             "--schedule", "gradual", "--optimizer", "muon", "--lr", pruning.lr, "--muon_lr", pruning.muon_lr,
+             *CUTOUT, "--ramp_epochs", pruning.ramp_epochs, "--epochs", pruning.epochs,
              "--output", pruning.output),
             pruning.output, RESULTS / f"prune_{name}.json",
         )  # fmt: skip
-        if pruning.finish_epochs:
-            yield Step(
-                "train on with cutout alone", 3 * pruning.finish_epochs, "prune.py",
-                (*data, *amp, "--weights", pruning.output, "--sparsity_dict", sparsity_dict,
-                 "--teacher", pruning.teacher, "--optimizer", "muon", "--lr", "0.02", "--muon_lr", "0.005",
-                 *CUTOUT, "--epochs", pruning.finish_epochs, "--output", pruning.model),
-                pruning.model, RESULTS / f"prune_{name}_cutout.json",
-            )  # fmt: skip
 
 
 def int8_folder(prefix: str, seed: int) -> Path:
@@ -287,7 +254,7 @@ def pruned_int8_steps(data: list[str]) -> Iterator[Step]:
     """The same of each pruned model, and one with fewer bits, for a small file."""
     for name, pruning in PRUNINGS.items():
         prefix = f"pruned_{name}_"
-        yield from int8_steps(data, prefix, pruning.model)
+        yield from int8_steps(data, prefix, pruning.output)
         output = few_bits_file(name)
         yield Step(
             f"quantize to weights of {pruning.few_bits} bits while training", 5,
@@ -325,7 +292,7 @@ def packed_files() -> dict[str, tuple[Path, tuple[str, ...]]]:
     files = {"packed_float16": (FLOAT, float16), PACKED_OS16: (FLOAT_OS16_LONGER, float16)}
     for name, pruning in PRUNINGS.items():
         packed = f"packed_pruned_{name}"
-        files[f"{packed}_float16"] = pruning.model, float16
+        files[f"{packed}_float16"] = pruning.output, float16
         if f"pruned_{name}_" in SEEDS:
             files[f"{packed}_int8"] = int8_folder(f"pruned_{name}_", 0) / "mobilenetv2_qat.pt", ()
         files[f"{packed}_int8_{pruning.few_bits}_bits"] = few_bits_file(name), ()
@@ -344,7 +311,7 @@ def packing_steps() -> Iterator[Step]:
 def models() -> dict[str, Path]:
     """Every model of the table by its name."""
     found = {"published_float": PUBLISHED, "float_os16": FLOAT_OS16_LONGER, "float": FLOAT}
-    found |= {f"pruned_{name}": pruning.model for name, pruning in PRUNINGS.items()}
+    found |= {f"pruned_{name}": pruning.output for name, pruning in PRUNINGS.items()}
     for prefix, seeds in SEEDS.items():
         for kind, seed in itertools.product(INT8_KINDS, seeds):
             found[f"{prefix}{kind}_s{seed}"] = int8_folder(prefix, seed) / f"mobilenetv2_{kind}.pt"
@@ -356,12 +323,11 @@ def measuring_steps(data: list[str]) -> Iterator[Step]:
     for name, path in models().items():
         record = RESULTS / f"evaluate/{name}.json"
         yield Step(f"evaluate {name}", 0.5, "evaluate.py", (*data, "--weights", path), record, record)
-    # Seeds, packing and other densities change no time.
-    untimed = {f"pruned_{name}" for name in PRUNINGS if f"pruned_{name}_" not in SEEDS}
+    # Seeds and packing change no time.
     timed = [
         path
         for name, path in models().items()
-        if not (name in untimed or name.endswith(("_s1", "_s2")) or path.suffix == ".npz")
+        if not (name.endswith(("_s1", "_s2")) or path.suffix == ".npz")
     ]
     latency = RESULTS / "latency.json"
     yield Step("time them side by side", 3, "scripts/benchmarks.py",
