@@ -34,7 +34,12 @@ FLOAT_OS8 = RUNS / "float_os8/mobilenetv2.pth"
 FLOAT = WEIGHTS / "mobilenetv2_cifar10.pth"
 FLOAT_OS16_CUTOUT = RUNS / "float_os16_cutout/mobilenetv2.pth"
 FLOAT_OS16_LONGER = RUNS / "float_os16_longer/mobilenetv2.pth"
-PACKED_OS16 = "packed_float16_at_output_stride_16"
+FLOAT_OS8_TAUGHT = RUNS / "float_os8_taught/mobilenetv2.pth"
+SHIPPED_PACKED = {
+    "packed_float16_at_output_stride_16": WEIGHTS / "mobilenetv2_cifar10_os16.npz",
+    "packed_float16_taught": WEIGHTS / "mobilenetv2_cifar10_taught.npz",
+}
+"""By name: the packed files that come with the repository."""
 SCANNING_LOG = RESULTS / "scanning_log.csv"
 SEEDS = {"": (0, 1, 2), "pruned_271_": (0, 1, 2), "pruned_150_": (0,), "pruned_100_": (0,)}
 """Of the int8 models, by the prefix of their names; the float model has none."""
@@ -47,8 +52,6 @@ QAT_RECIPE = (
 TRIVIALAUGMENT = ("--augment", "crop_flip_trivialaugment_cutout", "--cutout_size", 8)
 ENGINE = "onednn"
 """The fastest one at output stride 8."""
-TEACHER = RUNS / "int8/s0/mobilenetv2_ptq_per_channel.pt"
-"""The int8 form of the float model, which answers fast."""
 SCAN_THRESHOLD_PCT = 88
 """Of val accuracy, below which the scan does not recommend to go."""
 
@@ -231,23 +234,40 @@ def few_bits_file(name: str) -> Path:
 
 def int8_steps(data: list[str], prefix: str, source: Path) -> Iterator[Step]:
     """PTQ and QAT of a model with each of its seeds."""
-    qmodel = qmodel_file(prefix)
-    yield Step("convert for quantization", 0.1, "scripts/to_qmodel_weights.py",
-               ("--weights", source, "--output", qmodel), qmodel)  # fmt: skip
+    yield conversion_step(prefix, source)
     for seed in SEEDS.get(prefix, ()):
+        yield ptq_step(data, prefix, seed)
         folder = int8_folder(prefix, seed)
-        common = ("--weights", qmodel, "--backend", ENGINE, "--seed", seed)
-        yield Step(
-            f"quantize after training, seed {seed}", 1, "post_training_quantization.py",
-            # Accuracies and times are measured below.
-            (*data, *common, "--num_eval_batches", 1, "--latency_rounds", 1, "--output_dir", folder),
-            folder, folder / "ptq.json",
-        )  # fmt: skip
         yield Step(
             f"quantize while training, seed {seed}", 5, "quantization_aware_training.py",
-            (*data, *common, "--teacher", FLOAT, *QAT_RECIPE, "--output", folder / "mobilenetv2_qat.pt"),
+            (*data, *quantized(prefix, seed), "--teacher", FLOAT, *QAT_RECIPE,
+             "--output", folder / "mobilenetv2_qat.pt"),
             folder / "mobilenetv2_qat.pt", folder / "qat.json",
         )  # fmt: skip
+
+
+def conversion_step(prefix: str, source: Path) -> Step:
+    """The weights of what is quantized."""
+    qmodel = qmodel_file(prefix)
+    return Step("convert for quantization", 0.1, "scripts/to_qmodel_weights.py",
+                ("--weights", source, "--output", qmodel), qmodel)  # fmt: skip
+
+
+def ptq_step(data: list[str], prefix: str, seed: int) -> Step:
+    """PTQ of a model with a seed."""
+    folder = int8_folder(prefix, seed)
+    return Step(
+        f"quantize after training, seed {seed}", 1, "post_training_quantization.py",
+        # Accuracies and times are measured below.
+        (*data, *quantized(prefix, seed), "--num_eval_batches", 1, "--latency_rounds", 1,
+         "--output_dir", folder),
+        folder, folder / "ptq.json",
+    )  # fmt: skip
+
+
+def quantized(prefix: str, seed: int) -> tuple[object, ...]:
+    """The flags that PTQ and QAT share."""
+    return "--weights", qmodel_file(prefix), "--backend", ENGINE, "--seed", seed
 
 
 def pruned_int8_steps(data: list[str]) -> Iterator[Step]:
@@ -265,31 +285,52 @@ def pruned_int8_steps(data: list[str]) -> Iterator[Step]:
         )  # fmt: skip
 
 
+def teacher(prefix: str) -> Path:
+    """The int8 form of a model, which answers fast."""
+    return int8_folder(prefix, 0) / "mobilenetv2_ptq_per_channel.pt"
+
+
 def taught_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
-    """The float model at output stride 16, which learns from the int8 one at 8."""
-    for title, minutes, source, lr, muon_lr, epochs, output in (
-        ("back at output stride 16, with a teacher", 90, FLOAT, "0.05", "0.0125", 58, FLOAT_OS16_CUTOUT),
-        ("the same for longer", 40, FLOAT_OS16_CUTOUT, "0.02", "0.005", 24, FLOAT_OS16_LONGER),
-    ):
-        yield Step(
+    """The float model at output stride 16, which learns from the int8 one at 8; then from both at 8."""
+
+    def step(
+        title: str, minutes: float, source: Path, teaching: tuple[object, ...], lr: str, muon_lr: str,
+        epochs: int, output_stride: int, output: Path,
+    ) -> Step:  # fmt: skip
+        return Step(
             title, minutes, "train.py",
-            (*data, "--weights", source, "--teacher", TEACHER, "--optimizer", "muon", "--lr", lr,
+            (*data, "--weights", source, "--teacher", *teaching, "--optimizer", "muon", "--lr", lr,
              "--muon_lr", muon_lr, "--scheduler", "cosine", "--weight_decay", "1e-3", "--epochs", epochs,
-             "--output_stride", 16, *TRIVIALAUGMENT, "--dropout", 0, "--label_smoothing", "0.1", *amp,
-             "--output", output),
+             "--output_stride", output_stride, *TRIVIALAUGMENT, "--dropout", 0, "--label_smoothing", "0.1",
+             *amp, "--output", output),
             output, RESULTS / f"{output.parent.name}.json",
         )  # fmt: skip
 
+    first = teacher("")
+    both = (first, teacher("os16_"), "--distill_weight", "0.7")
+    yield step("back at output stride 16, with a teacher", 90,
+               FLOAT, (first,), "0.05", "0.0125", 58, 16, FLOAT_OS16_CUTOUT)  # fmt: skip
+    yield step("the same for longer", 40,
+               FLOAT_OS16_CUTOUT, (first,), "0.02", "0.005", 24, 16, FLOAT_OS16_LONGER)  # fmt: skip
+    yield conversion_step("os16_", FLOAT_OS16_LONGER)
+    yield ptq_step(data, "os16_", 0)
+    yield step("the same at output stride 8, with two teachers", 135,
+               FLOAT_OS16_LONGER, both, "0.04", "0.01", 40, 8, FLOAT_OS8_TAUGHT)  # fmt: skip
+
 
 def packed_file(name: str) -> Path:
-    """Where a packed file is, by its name; one of them comes with the repository."""
-    return WEIGHTS / "mobilenetv2_cifar10_os16.npz" if name == PACKED_OS16 else RUNS / f"packed/{name}.npz"
+    """Where a packed file is, by its name."""
+    return SHIPPED_PACKED.get(name, RUNS / f"packed/{name}.npz")
 
 
 def packed_files() -> dict[str, tuple[Path, tuple[str, ...]]]:
     """By name: what is packed, and the flags."""
     float16 = ("--dtype", "float16")
-    files = {"packed_float16": (FLOAT, float16), PACKED_OS16: (FLOAT_OS16_LONGER, float16)}
+    files = {
+        "packed_float16": (FLOAT, float16),
+        "packed_float16_at_output_stride_16": (FLOAT_OS16_LONGER, float16),
+        "packed_float16_taught": (FLOAT_OS8_TAUGHT, float16),
+    }
     for name, pruning in PRUNINGS.items():
         packed = f"packed_pruned_{name}"
         files[f"{packed}_float16"] = pruning.output, float16
@@ -311,6 +352,7 @@ def packing_steps() -> Iterator[Step]:
 def models() -> dict[str, Path]:
     """Every model of the table by its name."""
     found = {"published_float": PUBLISHED, "float_os16": FLOAT_OS16_LONGER, "float": FLOAT}
+    found["float_taught"] = FLOAT_OS8_TAUGHT
     found |= {f"pruned_{name}": pruning.output for name, pruning in PRUNINGS.items()}
     for prefix, seeds in SEEDS.items():
         for kind, seed in itertools.product(INT8_KINDS, seeds):

@@ -7,11 +7,12 @@ from argparse import Namespace
 import pytest
 import torch
 import torchvision
+from torch import nn
 
 from models import MobileNetV2
 from tests import script_process
 from tests.conftest import TINY_CLASSES
-from utils.distillation import load_teacher
+from utils.distillation import Ensemble, load_teacher
 from utils.errors import UserError
 from utils.pretrained import load_pretrained
 from utils.weights import Weights, load_weights, save_weights
@@ -121,6 +122,26 @@ def test_an_int8_teacher_is_learned_from(train, tiny_scripted, tmp_path):
     assert all(torch.equal(value, again["state_dict"][key]) for key, value in other["state_dict"].items())
 
 
+def test_several_teachers_answer_as_one(train, tiny_scripted, tmp_path):
+    pair = tuple(tiny_scripted / f"mobilenetv2_ptq_{form}.pt" for form in ("per_channel", "per_tensor"))
+    kept = []
+    for name, teachers in (("first", pair[:1]), ("both", pair), ("turned", pair[::-1])):
+        output = tmp_path / f"{name}.pth"
+        train(output, "--epochs", 1, "--teacher", *teachers)
+        kept.append(torch.load(output, weights_only=True)["state_dict"])
+    first, both, turned = kept
+    assert all(torch.equal(value, turned[key]) for key, value in both.items())
+    assert any(not torch.equal(value, both[key]) for key, value in first.items())
+    refused = train(tmp_path / "m.pth", "--teacher", *pair, "nowhere.pth", expect=2)
+    assert "nowhere.pth does not exist" in refused.stderr
+
+
+def test_an_ensemble_answers_the_mean():
+    one, other = nn.Linear(4, 3), nn.Linear(4, 3)
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(Ensemble([one, other])(x), (one(x) + other(x)) / 2)
+
+
 def test_a_teacher_that_may_have_seen_the_val_images_is_refused(train, tiny_scripted, tmp_path):
     argv = ("--val_size", 3, "--teacher", tiny_scripted / "mobilenetv2_ptq_per_channel.pt")
     assert "--val_size" in train(tmp_path / "m.pth", *argv, expect=2).stderr
@@ -129,7 +150,7 @@ def test_a_teacher_that_may_have_seen_the_val_images_is_refused(train, tiny_scri
 def test_an_int8_teacher_stays_on_the_cpu(tiny_qmodel, tiny_scripted):
     student = load_weights(tiny_qmodel, "qmodel")
     with pytest.raises(UserError, match="int8"):
-        load_teacher(tiny_scripted / "mobilenetv2_ptq_per_channel.pt", student, torch.device("meta"))
+        load_teacher([str(tiny_scripted / "mobilenetv2_ptq_per_channel.pt")], student, torch.device("meta"))
 
 
 def test_existing_weights_are_kept(train, tmp_path):

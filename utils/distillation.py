@@ -4,6 +4,7 @@ https://arxiv.org/abs/1503.02531
 """
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,10 @@ def add_distillation_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("distillation")
     group.add_argument(
         "--teacher",
+        nargs="+",
+        metavar="FILE",
         help="model file whose answers are learned as well: that of the dense model, or a better one; "
-        "int8 answers fastest (default: no distillation)",
+        "int8 answers fastest; of several, the mean of their logits (default: no distillation)",
     )
     group.add_argument(
         "--distill_weight", type=fraction, default=0.9, help="share of the teacher in the loss, from 0 to 1"
@@ -35,19 +38,35 @@ def add_distillation_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def load_teacher(path: str, student: Weights, device: torch.device) -> nn.Module:
+class Ensemble(nn.Module):
+    """Several models that answer as one."""
+
+    def __init__(self, members: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (N, 3, H, W) to the mean of the members' logits (N, classes)."""
+        return torch.stack([member(x) for member in self.members]).mean(0)
+
+
+def load_teacher(paths: list[str], student: Weights, device: torch.device) -> nn.Module:
     """The teacher, in eval mode, for a student whose classes and normalization are known.
 
     Args:
-        path: any file that holds a model. An int8 one answers much faster than its float model, and
-            nearly the same.
+        paths: any files that hold a model. An int8 one answers much faster than its float model, and
+            nearly the same. Several make an ensemble.
         student: what is to be trained.
         device: where both run.
 
     Raises:
-        UserError: the file holds no model, or one for other classes or another normalization, or an
+        UserError: a file holds no model, or one for other classes or another normalization, or an
             int8 one when the device is no CPU.
     """
+    return Ensemble(_load_member(path, student, device) for path in paths).eval()
+
+
+def _load_member(path: str, student: Weights, device: torch.device) -> nn.Module:
     teacher = open_model(path)
     classes = teacher.architecture["num_classes"], student.model.architecture["num_classes"]
     if classes[0] != classes[1] or teacher.class_names not in (None, student.class_names):
