@@ -17,7 +17,7 @@ from utils.scanning_log import read_measurements, read_recommended
 # Okabe & Ito's, told apart by the colour-blind.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 # QAT, the fifth, often lies on PTQ per channel: a cross shows within the diamond.
-MARKERS = ("o", "^", "s", "D", "x", "v", "*", "h", "P", "<", ">", "p")
+MARKERS = ("o", "^", "s", "D", "x", "v", "*", "h", "P", "<", ">", "p", "d", "8", "X", "H")
 LINES = ("-", "--", ":", "-.")
 ACCURACY_TICKS_PCT = (
     (10, 20, 30, 40, 50, 60, 70, 75, 80, 85, 90, 92, 94, 96, 97, 98, 99),

@@ -15,7 +15,7 @@ HEADERS = (
     *("latency ms (median)", "p90 ms"),
 )
 PUBLISHED, RECIPE, OURS = "published", "the published recipe, run here", "ours"
-FLOAT, FLOAT_16, TAUGHT = "float", "float at output stride 16", "float, taught by the two"
+FLOAT, FLOAT_16, TAUGHT = "float", "float at output stride 16", "float, taught"
 INT8_FORMS = {"PTQ per tensor": "ptq_per_tensor", "PTQ per channel": "ptq_per_channel", "QAT": "qat"}
 TRAININGS = {
     "published_float": "published_recipe",
