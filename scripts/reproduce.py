@@ -351,8 +351,12 @@ def packing_steps() -> Iterator[Step]:
 
 def models() -> dict[str, Path]:
     """Every model of the table by its name."""
-    found = {"published_float": PUBLISHED, "float_os16": FLOAT_OS16_LONGER, "float": FLOAT}
-    found["float_taught"] = FLOAT_OS8_TAUGHT
+    found = {
+        "published_float": PUBLISHED,
+        "float_os16": FLOAT_OS16_LONGER,
+        "float": FLOAT,
+        "float_taught": FLOAT_OS8_TAUGHT,
+    }
     found |= {f"pruned_{name}": pruning.output for name, pruning in PRUNINGS.items()}
     for prefix, seeds in SEEDS.items():
         for kind, seed in itertools.product(INT8_KINDS, seeds):
