@@ -35,6 +35,7 @@ FLOAT = WEIGHTS / "mobilenetv2_cifar10.pth"
 FLOAT_OS16_CUTOUT = RUNS / "float_os16_cutout/mobilenetv2.pth"
 FLOAT_OS16_LONGER = RUNS / "float_os16_longer/mobilenetv2.pth"
 FLOAT_OS8_TAUGHT = RUNS / "float_os8_taught/mobilenetv2.pth"
+FLOAT_OS8_LONGER = RUNS / "float_os8_longer/mobilenetv2.pth"
 SHIPPED_PACKED = {
     "packed_float16_at_output_stride_16": WEIGHTS / "mobilenetv2_cifar10_os16.npz",
     "packed_float16_taught": WEIGHTS / "mobilenetv2_cifar10_taught.npz",
@@ -291,7 +292,7 @@ def teacher(prefix: str) -> Path:
 
 
 def taught_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
-    """The float model at output stride 16, which learns from the int8 one at 8; then from both at 8."""
+    """The float model at output stride 16, taught by the int8 one at 8; then at 8, by both and by itself."""
 
     def step(
         title: str, minutes: float, source: Path, teaching: tuple[object, ...], lr: str, muon_lr: str,
@@ -316,6 +317,11 @@ def taught_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
     yield ptq_step(data, "os16_", 0)
     yield step("the same at output stride 8, with two teachers", 135,
                FLOAT_OS16_LONGER, both, "0.04", "0.01", 40, 8, FLOAT_OS8_TAUGHT)  # fmt: skip
+    yield conversion_step("taught_", FLOAT_OS8_TAUGHT)
+    yield ptq_step(data, "taught_", 0)
+    itself = (teacher("taught_"), "--distill_weight", "0.5")
+    yield step("the same for longer, with its own int8 form as teacher", 135,
+               FLOAT_OS8_TAUGHT, itself, "0.03", "0.0075", 42, 8, FLOAT_OS8_LONGER)  # fmt: skip
 
 
 def packed_file(name: str) -> Path:
@@ -329,7 +335,7 @@ def packed_files() -> dict[str, tuple[Path, tuple[str, ...]]]:
     files = {
         "packed_float16": (FLOAT, float16),
         "packed_float16_at_output_stride_16": (FLOAT_OS16_LONGER, float16),
-        "packed_float16_taught": (FLOAT_OS8_TAUGHT, float16),
+        "packed_float16_taught": (FLOAT_OS8_LONGER, float16),
     }
     for name, pruning in PRUNINGS.items():
         packed = f"packed_pruned_{name}"
@@ -355,7 +361,7 @@ def models() -> dict[str, Path]:
         "published_float": PUBLISHED,
         "float_os16": FLOAT_OS16_LONGER,
         "float": FLOAT,
-        "float_taught": FLOAT_OS8_TAUGHT,
+        "float_taught": FLOAT_OS8_LONGER,
     }
     found |= {f"pruned_{name}": pruning.output for name, pruning in PRUNINGS.items()}
     for prefix, seeds in SEEDS.items():

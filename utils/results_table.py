@@ -20,7 +20,7 @@ INT8_FORMS = {"PTQ per tensor": "ptq_per_tensor", "PTQ per channel": "ptq_per_ch
 TRAININGS = {
     "published_float": "published_recipe",
     "float_os16": "float_os16_longer",
-    "float_taught": "float_os8_taught",
+    "float_taught": "float_os8_longer",
 }
 """The record of the training that made what evaluate/NAME is about, where it has another name; of
 pruned_NNN it is prune_NNN."""
