@@ -143,7 +143,7 @@ def test_a_training_alone_gives_accuracy_only(folder):
 def test_a_taught_model_is_compared_with_the_float_one(folder):
     evaluated(folder, "float", 92.0)
     evaluated(folder, "packed_float16_taught", 93.25)
-    write(folder, "float_os8_taught", {"test_accuracy_pct": 93.0})
+    write(folder, "float_os8_longer", {"test_accuracy_pct": 93.0})
     lines = lines_of(folder)
     assert lines["float, taught"].startswith("| float, taught | 93.00 | +1.00 |")
     assert lines["packed float16 taught"].startswith("| packed float16 taught | 93.25 | +1.25 |")
