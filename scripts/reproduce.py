@@ -31,18 +31,15 @@ WEIGHTS = Path("weights")
 PUBLISHED = RUNS / "published/mobilenetv2.pth"
 FLOAT_OS16 = RUNS / "float_os16/mobilenetv2.pth"
 FLOAT_OS8 = RUNS / "float_os8/mobilenetv2.pth"
-FLOAT = WEIGHTS / "mobilenetv2_cifar10.pth"
+FLOAT_OS8_CUTOUT = RUNS / "float_os8_cutout/mobilenetv2.pth"
 FLOAT_OS16_CUTOUT = RUNS / "float_os16_cutout/mobilenetv2.pth"
 FLOAT_OS16_LONGER = RUNS / "float_os16_longer/mobilenetv2.pth"
 FLOAT_OS8_TAUGHT = RUNS / "float_os8_taught/mobilenetv2.pth"
-FLOAT_OS8_LONGER = RUNS / "float_os8_longer/mobilenetv2.pth"
-SHIPPED_PACKED = {
-    "packed_float16_at_output_stride_16": WEIGHTS / "mobilenetv2_cifar10_os16.npz",
-    "packed_float16_taught": WEIGHTS / "mobilenetv2_cifar10_taught.npz",
-}
-"""By name: the packed files that come with the repository."""
+FLOAT = WEIGHTS / "mobilenetv2_cifar10.pth"
+SHIPPED_PACKED = {"packed_float16_at_output_stride_16": WEIGHTS / "mobilenetv2_cifar10_os16.npz"}
+"""By name: the packed file that comes with the repository."""
 SCANNING_LOG = RESULTS / "scanning_log.csv"
-SEEDS = {"": (0, 1, 2), "pruned_271_": (0, 1, 2), "pruned_150_": (0,), "pruned_100_": (0,)}
+SEEDS = {"": (0, 1, 2), "pruned_271_": (0, 1, 2), "pruned_100_": (0,)}
 """Of the int8 models, by the prefix of their names; the float model has none."""
 INT8_KINDS = ("ptq_per_tensor", "ptq_per_channel", "qat")
 CUTOUT = ("--augment", "crop_flip_cutout", "--cutout_size", 12)
@@ -50,10 +47,12 @@ QAT_RECIPE = (
     "--epochs", 1, "--num_train_batches", 60, "--lr", "3e-3", *CUTOUT,
     "--freeze_batch_norms", 0, "--freeze_ranges", 0,
 )  # fmt: skip
+UNMEASURED = ("--num_eval_batches", 1, "--latency_rounds", 1)
+"""Accuracies and times of int8 models are measured after all of them are made."""
 TRIVIALAUGMENT = ("--augment", "crop_flip_trivialaugment_cutout", "--cutout_size", 8)
 ENGINE = "onednn"
 """The fastest one at output stride 8."""
-SCAN_THRESHOLD_PCT = 88
+SCAN_THRESHOLD_PCT = 90
 """Of val accuracy, below which the scan does not recommend to go."""
 
 
@@ -67,7 +66,10 @@ class Pruning:
         ramp_epochs: over which they are pruned.
         epochs: in all.
         lr: and muon_lr, the highest rates.
+        augment: the flags of what varies the images.
         few_bits: of a weight in the smallest file.
+        output_stride: if it is not the source's.
+        before: what made the source, if that is pruned to the same density already.
     """
 
     source: Path
@@ -76,19 +78,31 @@ class Pruning:
     epochs: int
     lr: str = "0.05"
     muon_lr: str = "0.0125"
+    augment: tuple[object, ...] = TRIVIALAUGMENT
     few_bits: int = 5
+    output_stride: int | None = None
+    before: "Pruning | None" = None
 
 
 PRUNED = WEIGHTS / "mobilenetv2_cifar10_pruned.pth"
-PRUNED_150 = RUNS / "pruned_150/mobilenetv2.pth"
+PRUNED_271_SHORTER = RUNS / "pruned_271_shorter/mobilenetv2.pth"
+PRUNED_170 = RUNS / "pruned_170/mobilenetv2.pth"
+PRUNED_125 = RUNS / "pruned_125/mobilenetv2.pth"
+PRUNED_100_OS16 = RUNS / "pruned_100_os16/mobilenetv2.pth"
+PRUNED_100 = RUNS / "pruned_100/mobilenetv2.pth"
 PRUNINGS = {
-    "271": Pruning(FLOAT, PRUNED, 1, 9, few_bits=6),
-    "150": Pruning(FLOAT, PRUNED_150, 3, 14, few_bits=6),
-    "100": Pruning(FLOAT, RUNS / "pruned_100/mobilenetv2.pth", 4, 22),
-    "170": Pruning(PRUNED, RUNS / "pruned_170/mobilenetv2.pth", 1, 3, "0.02", "0.005"),
-    "125": Pruning(PRUNED_150, RUNS / "pruned_125/mobilenetv2.pth", 1, 3, "0.02", "0.005"),
-}
-"""By density in thousandths. The last two are as dense as fits into 0.37 and 0.28 MB."""
+    "271": Pruning(
+        PRUNED_271_SHORTER, PRUNED, 1, 6, "0.03", "0.0075", few_bits=6,
+        before=Pruning(FLOAT, PRUNED_271_SHORTER, 1, 9),
+    ),
+    "170": Pruning(PRUNED, PRUNED_170, 1, 3, "0.03", "0.0075"),
+    "125": Pruning(PRUNED_170, PRUNED_125, 1, 2, "0.03", "0.0075"),
+    "100": Pruning(
+        PRUNED_100_OS16, PRUNED_100, 1, 13, augment=CUTOUT, output_stride=8,
+        before=Pruning(FLOAT, PRUNED_100_OS16, 4, 10, augment=CUTOUT, output_stride=16),
+    ),
+}  # fmt: skip
+"""By density in thousandths. 17 and 12.5 % are as dense as fits into 0.37 and 0.28 MB."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +163,8 @@ def steps(data: list[str]) -> list[Step]:
     amp = ["--amp"] if is_fast_in_bfloat16() else []
     return [
         *float_steps(data, amp),
-        *int8_steps(data, "", FLOAT),
         *taught_steps(data, amp),
+        *int8_steps(data, "", FLOAT),
         *pruning_steps(data, amp),
         *pruned_int8_steps(data),
         *packing_steps(),
@@ -188,8 +202,8 @@ def float_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
         "the same weights with cutout and more weight decay", 60, "train.py",
         (*data, "--weights", FLOAT_OS8, "--optimizer", "muon", "--lr", "0.15", "--muon_lr", "0.04",
          "--scheduler", "cosine", "--weight_decay", "1e-3", "--epochs", 34, "--output_stride", 8,
-         *CUTOUT, "--label_smoothing", "0.1", *amp, "--output", FLOAT),
-        FLOAT, RESULTS / "float.json",
+         *CUTOUT, "--label_smoothing", "0.1", *amp, "--output", FLOAT_OS8_CUTOUT),
+        FLOAT_OS8_CUTOUT, RESULTS / "float_os8_cutout.json",
     )  # fmt: skip
 
 
@@ -203,19 +217,32 @@ def pruning_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
     )  # fmt: skip
     for name, pruning in PRUNINGS.items():
         sparsity_dict = RESULTS / f"sparsity_dict_{name}.csv"
+        dense = (pruning.before or pruning).source
         yield Step(
             f"share a density of {int(name) / 10:.1f} % out among the layers", 0.2,
             "scripts/allocate_sparsity.py",
-            ("--weights", pruning.source, "--target", f"0.{name}", "--o", sparsity_dict), sparsity_dict,
+            ("--weights", dense, "--target", f"0.{name}", "--o", sparsity_dict), sparsity_dict,
         )  # fmt: skip
-        yield Step(
-            "prune and recover", 3 * pruning.epochs, "prune.py",
-            (*data, *amp, "--weights", pruning.source, "--sparsity_dict", sparsity_dict, "--teacher", FLOAT,
-             "--schedule", "gradual", "--optimizer", "muon", "--lr", pruning.lr, "--muon_lr", pruning.muon_lr,
-             *CUTOUT, "--ramp_epochs", pruning.ramp_epochs, "--epochs", pruning.epochs,
-             "--output", pruning.output),
-            pruning.output, RESULTS / f"prune_{name}.json",
-        )  # fmt: skip
+        if pruning.before:
+            record = pruning.before.output.parent.name.replace("pruned", "prune")
+            yield recovery_step(data, amp, sparsity_dict, pruning.before, RESULTS / f"{record}.json")
+        yield recovery_step(data, amp, sparsity_dict, pruning, RESULTS / f"prune_{name}.json")
+
+
+def recovery_step(
+    data: list[str], amp: list[str], sparsity_dict: Path, pruning: Pruning, record: Path
+) -> Step:
+    """The pruning to a density, and the training in it."""
+    stride = ("--output_stride", pruning.output_stride) if pruning.output_stride else ()
+    return Step(
+        "prune and recover", (2 if pruning.output_stride == 16 else 4) * pruning.epochs, "prune.py",
+        (*data, *amp, "--weights", pruning.source, "--sparsity_dict", sparsity_dict,
+         "--teacher", teacher(""), "--schedule", "gradual", "--optimizer", "muon",
+         "--lr", pruning.lr, "--muon_lr", pruning.muon_lr, *pruning.augment,
+         "--ramp_epochs", pruning.ramp_epochs, "--epochs", pruning.epochs, *stride,
+         "--output", pruning.output),
+        pruning.output, record,
+    )  # fmt: skip
 
 
 def int8_folder(prefix: str, seed: int) -> Path:
@@ -241,7 +268,7 @@ def int8_steps(data: list[str], prefix: str, source: Path) -> Iterator[Step]:
         folder = int8_folder(prefix, seed)
         yield Step(
             f"quantize while training, seed {seed}", 5, "quantization_aware_training.py",
-            (*data, *quantized(prefix, seed), "--teacher", FLOAT, *QAT_RECIPE,
+            (*data, *quantized(prefix, seed), "--teacher", FLOAT, *QAT_RECIPE, *UNMEASURED,
              "--output", folder / "mobilenetv2_qat.pt"),
             folder / "mobilenetv2_qat.pt", folder / "qat.json",
         )  # fmt: skip
@@ -259,9 +286,7 @@ def ptq_step(data: list[str], prefix: str, seed: int) -> Step:
     folder = int8_folder(prefix, seed)
     return Step(
         f"quantize after training, seed {seed}", 1, "post_training_quantization.py",
-        # Accuracies and times are measured below.
-        (*data, *quantized(prefix, seed), "--num_eval_batches", 1, "--latency_rounds", 1,
-         "--output_dir", folder),
+        (*data, *quantized(prefix, seed), *UNMEASURED, "--output_dir", folder),
         folder, folder / "ptq.json",
     )  # fmt: skip
 
@@ -281,7 +306,8 @@ def pruned_int8_steps(data: list[str]) -> Iterator[Step]:
             f"quantize to weights of {pruning.few_bits} bits while training", 5,
             "quantization_aware_training.py",
             (*data, "--weights", qmodel_file(prefix), "--backend", ENGINE,
-             "--weight_bits", pruning.few_bits, "--teacher", FLOAT, *QAT_RECIPE, "--output", output),
+             "--weight_bits", pruning.few_bits, "--teacher", FLOAT, *QAT_RECIPE, *UNMEASURED,
+             "--output", output),
             output, output.with_name("qat.json"),
         )  # fmt: skip
 
@@ -294,6 +320,10 @@ def teacher(prefix: str) -> Path:
 def taught_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
     """The float model at output stride 16, taught by the int8 one at 8; then at 8, by both and by itself."""
 
+    def quantized_teacher(prefix: str, source: Path) -> Iterator[Step]:
+        yield conversion_step(prefix, source)
+        yield ptq_step(data, prefix, 0)
+
     def step(
         title: str, minutes: float, source: Path, teaching: tuple[object, ...], lr: str, muon_lr: str,
         epochs: int, output_stride: int, output: Path,
@@ -304,24 +334,23 @@ def taught_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
              "--muon_lr", muon_lr, "--scheduler", "cosine", "--weight_decay", "1e-3", "--epochs", epochs,
              "--output_stride", output_stride, *TRIVIALAUGMENT, "--dropout", 0, "--label_smoothing", "0.1",
              *amp, "--output", output),
-            output, RESULTS / f"{output.parent.name}.json",
+            output, RESULTS / ("float.json" if output == FLOAT else f"{output.parent.name}.json"),
         )  # fmt: skip
 
-    first = teacher("")
+    yield from quantized_teacher("cutout_", FLOAT_OS8_CUTOUT)
+    first = teacher("cutout_")
     both = (first, teacher("os16_"), "--distill_weight", "0.7")
     yield step("back at output stride 16, with a teacher", 90,
-               FLOAT, (first,), "0.05", "0.0125", 58, 16, FLOAT_OS16_CUTOUT)  # fmt: skip
+               FLOAT_OS8_CUTOUT, (first,), "0.05", "0.0125", 58, 16, FLOAT_OS16_CUTOUT)  # fmt: skip
     yield step("the same for longer", 40,
                FLOAT_OS16_CUTOUT, (first,), "0.02", "0.005", 24, 16, FLOAT_OS16_LONGER)  # fmt: skip
-    yield conversion_step("os16_", FLOAT_OS16_LONGER)
-    yield ptq_step(data, "os16_", 0)
+    yield from quantized_teacher("os16_", FLOAT_OS16_LONGER)
     yield step("the same at output stride 8, with two teachers", 135,
                FLOAT_OS16_LONGER, both, "0.04", "0.01", 40, 8, FLOAT_OS8_TAUGHT)  # fmt: skip
-    yield conversion_step("taught_", FLOAT_OS8_TAUGHT)
-    yield ptq_step(data, "taught_", 0)
+    yield from quantized_teacher("taught_", FLOAT_OS8_TAUGHT)
     itself = (teacher("taught_"), "--distill_weight", "0.5")
     yield step("the same for longer, with its own int8 form as teacher", 135,
-               FLOAT_OS8_TAUGHT, itself, "0.03", "0.0075", 42, 8, FLOAT_OS8_LONGER)  # fmt: skip
+               FLOAT_OS8_TAUGHT, itself, "0.03", "0.0075", 42, 8, FLOAT)  # fmt: skip
 
 
 def packed_file(name: str) -> Path:
@@ -335,7 +364,6 @@ def packed_files() -> dict[str, tuple[Path, tuple[str, ...]]]:
     files = {
         "packed_float16": (FLOAT, float16),
         "packed_float16_at_output_stride_16": (FLOAT_OS16_LONGER, float16),
-        "packed_float16_taught": (FLOAT_OS8_LONGER, float16),
     }
     for name, pruning in PRUNINGS.items():
         packed = f"packed_pruned_{name}"
@@ -357,12 +385,7 @@ def packing_steps() -> Iterator[Step]:
 
 def models() -> dict[str, Path]:
     """Every model of the table by its name."""
-    found = {
-        "published_float": PUBLISHED,
-        "float_os16": FLOAT_OS16_LONGER,
-        "float": FLOAT,
-        "float_taught": FLOAT_OS8_LONGER,
-    }
+    found = {"published_float": PUBLISHED, "float_os16": FLOAT_OS16_LONGER, "float": FLOAT}
     found |= {f"pruned_{name}": pruning.output for name, pruning in PRUNINGS.items()}
     for prefix, seeds in SEEDS.items():
         for kind, seed in itertools.product(INT8_KINDS, seeds):

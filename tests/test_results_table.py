@@ -140,15 +140,6 @@ def test_a_training_alone_gives_accuracy_only(folder):
     assert lines_of(folder)["float at output stride 16"].startswith("| float at output stride 16 | 86.60 |")
 
 
-def test_a_taught_model_is_compared_with_the_float_one(folder):
-    evaluated(folder, "float", 92.0)
-    evaluated(folder, "packed_float16_taught", 93.25)
-    write(folder, "float_os8_longer", {"test_accuracy_pct": 93.0})
-    lines = lines_of(folder)
-    assert lines["float, taught"].startswith("| float, taught | 93.00 | +1.00 |")
-    assert lines["packed float16 taught"].startswith("| packed float16 taught | 93.25 | +1.25 |")
-
-
 def test_no_difference_has_no_minus(folder):
     evaluated(folder, "float", 92.0)
     evaluated(folder, "packed_float16", 91.999)

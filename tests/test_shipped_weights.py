@@ -22,7 +22,6 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
             "packed_float16_at_output_stride_16",
             16,
         ),
-        ("mobilenetv2_cifar10_taught.npz", "float_os8_longer", "packed_float16_taught", 8),
     ],
 )
 def test_they_are_the_ones_that_were_measured(name, training, evaluated, output_stride):

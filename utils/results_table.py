@@ -15,13 +15,9 @@ HEADERS = (
     *("latency ms (median)", "p90 ms"),
 )
 PUBLISHED, RECIPE, OURS = "published", "the published recipe, run here", "ours"
-FLOAT, FLOAT_16, TAUGHT = "float", "float at output stride 16", "float, taught"
+FLOAT, FLOAT_16 = "float", "float at output stride 16"
 INT8_FORMS = {"PTQ per tensor": "ptq_per_tensor", "PTQ per channel": "ptq_per_channel", "QAT": "qat"}
-TRAININGS = {
-    "published_float": "published_recipe",
-    "float_os16": "float_os16_longer",
-    "float_taught": "float_os8_longer",
-}
+TRAININGS = {"published_float": "published_recipe", "float_os16": "float_os16_longer"}
 """The record of the training that made what evaluate/NAME is about, where it has another name; of
 pruned_NNN it is prune_NNN."""
 
@@ -104,11 +100,7 @@ class Table:
         self._latencies = results.take("latency", _latencies)
         published = results.take("published", lambda content: [_published(row) for row in content["rows"]])
         recipe = [self._row(RECIPE, "", FLOAT, ["published_float"])]
-        ours = [
-            self._row(OURS, "", FLOAT_16, ["float_os16"]),
-            *self._family("", "float", ""),
-            self._row(OURS, "", TAUGHT, ["float_taught"]),
-        ]
+        ours = [self._row(OURS, "", FLOAT_16, ["float_os16"]), *self._family("", "float", "")]
         for target in _pruned_targets(results):
             ours += self._family(_pruning(target), f"pruned_{target}", f"pruned_{target}_")
         ours += [self._row(OURS, _pruning(target), form, [name]) for name, target, form in _packed(results)]
