@@ -87,7 +87,6 @@ class Pruning:
 PRUNED = WEIGHTS / "mobilenetv2_cifar10_pruned.pth"
 PRUNED_271_SHORTER = RUNS / "pruned_271_shorter/mobilenetv2.pth"
 PRUNED_170 = RUNS / "pruned_170/mobilenetv2.pth"
-PRUNED_125 = RUNS / "pruned_125/mobilenetv2.pth"
 PRUNED_100_OS16 = RUNS / "pruned_100_os16/mobilenetv2.pth"
 PRUNED_100 = RUNS / "pruned_100/mobilenetv2.pth"
 PRUNINGS = {
@@ -96,13 +95,12 @@ PRUNINGS = {
         before=Pruning(FLOAT, PRUNED_271_SHORTER, 1, 9),
     ),
     "170": Pruning(PRUNED, PRUNED_170, 1, 3, "0.03", "0.0075"),
-    "125": Pruning(PRUNED_170, PRUNED_125, 1, 2, "0.03", "0.0075"),
     "100": Pruning(
         PRUNED_100_OS16, PRUNED_100, 1, 13, augment=CUTOUT, output_stride=8,
         before=Pruning(FLOAT, PRUNED_100_OS16, 4, 10, augment=CUTOUT, output_stride=16),
     ),
 }  # fmt: skip
-"""By density in thousandths. 17 and 12.5 % are as dense as fits into 0.37 and 0.28 MB."""
+"""By density in thousandths. 17 % is as dense as fits into 0.37 MB."""
 
 
 @dataclass(frozen=True)
