@@ -215,11 +215,11 @@ def pruning_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
     )  # fmt: skip
     for name, pruning in PRUNINGS.items():
         sparsity_dict = RESULTS / f"sparsity_dict_{name}.csv"
-        dense = (pruning.before or pruning).source
+        source = (pruning.before or pruning).source
         yield Step(
             f"share a density of {int(name) / 10:.1f} % out among the layers", 0.2,
             "scripts/allocate_sparsity.py",
-            ("--weights", dense, "--target", f"0.{name}", "--o", sparsity_dict), sparsity_dict,
+            ("--weights", source, "--target", f"0.{name}", "--o", sparsity_dict), sparsity_dict,
         )  # fmt: skip
         if pruning.before:
             record = pruning.before.output.parent.name.replace("pruned", "prune")
