@@ -86,17 +86,15 @@ class Pruning:
 
 PRUNED = WEIGHTS / "mobilenetv2_cifar10_pruned.pth"
 PRUNED_271_SHORTER = RUNS / "pruned_271_shorter/mobilenetv2.pth"
-PRUNED_170 = RUNS / "pruned_170/mobilenetv2.pth"
 PRUNED_100_OS16 = RUNS / "pruned_100_os16/mobilenetv2.pth"
-PRUNED_100 = RUNS / "pruned_100/mobilenetv2.pth"
 PRUNINGS = {
     "271": Pruning(
         PRUNED_271_SHORTER, PRUNED, 1, 6, "0.03", "0.0075", few_bits=6,
         before=Pruning(FLOAT, PRUNED_271_SHORTER, 1, 9),
     ),
-    "170": Pruning(PRUNED, PRUNED_170, 1, 3, "0.03", "0.0075"),
+    "170": Pruning(PRUNED, RUNS / "pruned_170/mobilenetv2.pth", 1, 3, "0.03", "0.0075"),
     "100": Pruning(
-        PRUNED_100_OS16, PRUNED_100, 1, 13, augment=CUTOUT, output_stride=8,
+        PRUNED_100_OS16, RUNS / "pruned_100/mobilenetv2.pth", 1, 13, augment=CUTOUT, output_stride=8,
         before=Pruning(FLOAT, PRUNED_100_OS16, 4, 10, augment=CUTOUT, output_stride=16),
     ),
 }  # fmt: skip
