@@ -1,4 +1,4 @@
-"""Evaluate any file that holds a model: float or pruned weights, a qmodel, or TorchScript.
+"""Evaluate any file that holds a model: float or pruned weights, a qmodel, a teacher, or TorchScript.
 
 Prints accuracy, accuracy by class and loss on a split, and what the model holds and costs.
 """
@@ -19,7 +19,7 @@ from utils.evaluation import Evaluation, evaluate
 from utils.files import file_size_mb
 from utils.model_files import ModelFile, open_model
 from utils.tables import format_table
-from utils.weights import add_output_stride_argument, is_torchscript
+from utils.weights import ALL_KINDS, add_output_stride_argument, is_torchscript
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -111,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
     """Open the file, evaluate it, print and record."""
     runtime.set_up(args.seed, args.threads)
     runtime.check_record(args)
-    file = open_model(args.weights, args.output_stride)
+    file = open_model(args.weights, args.output_stride, ALL_KINDS)
     device = device_for(file, args)
     data = load_data(args, file.image_size)
     normalization = file.fit(data)

@@ -1,4 +1,4 @@
-"""Train MobileNetV2 and write one weights file; selects on val, reports test once at the end.
+"""Train MobileNetV2, or a teacher for it, and write one weights file; selects on val, reports test once.
 
 The published recipe is `--optimizer adam --lr 1e-4 --scheduler none --weight_decay 0 --augment none
 --batch_size 32 --epochs 24 --output_stride 32`.
@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from models import MobileNetV2
+from models import MobileNetV2, ResNet18
 from models.mobilenetv2 import OUTPUT_STRIDES
 from utils import cli, distributed, errors, files, runtime
 from utils.batches import Batches
@@ -41,6 +41,9 @@ from utils.training import (
 )
 from utils.weights import Weights, load_weights, save_weights
 
+KINDS = {"mobilenetv2": "float", "resnet18": "resnet18"}
+"""Of the weights file, by --model."""
+
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -48,6 +51,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", default="weights/mobilenetv2.pth", help="weights file to write")
     cli.add_force_argument(parser)
     model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        choices=sorted(KINDS),
+        default="mobilenetv2",
+        help="resnet18 is large, and serves as --teacher alone",
+    )
     model.add_argument(
         "--output_stride",
         type=int,
@@ -110,20 +119,24 @@ def output_stride_by_epoch(args: argparse.Namespace) -> list[int]:
     return strides + [args.output_stride] * (args.epochs - len(strides))
 
 
-def build_model(args: argparse.Namespace, num_classes: int) -> MobileNetV2:
-    """A model with random, given or ImageNet weights."""
+def build_model(args: argparse.Namespace, num_classes: int) -> MobileNetV2 | ResNet18:
+    """A model with random, given or ImageNet weights.
+
+    Raises:
+        UserError: the weights are of another model, or --model has no such option.
+    """
+    if args.model == "resnet18":
+        if args.pretrained or args.width_mult != 1.0:
+            raise UserError("--pretrained and --width_mult are for mobilenetv2: leave them out for resnet18")
+        model: MobileNetV2 | ResNet18 = ResNet18(num_classes, args.dropout, args.output_stride)
+    else:
+        model = MobileNetV2(num_classes, args.width_mult, args.dropout, args.output_stride)
     if args.weights:
-        given = load_weights(args.weights, output_stride=args.output_stride).model
-        if given.architecture["width_mult"] != args.width_mult:
-            raise UserError(
-                f"{args.weights} has --width_mult {given.architecture['width_mult']}, not {args.width_mult}"
-            )
-        if given.architecture["num_classes"] != num_classes:
-            raise UserError(
-                f"{args.weights} has {given.architecture['num_classes']} classes, the images {num_classes}"
-            )
-    model = MobileNetV2(num_classes, args.width_mult, args.dropout, args.output_stride)
-    if args.weights:
+        given = load_weights(args.weights, KINDS[args.model], args.output_stride).model
+        for name in ("width_mult", "num_classes"):
+            theirs, ours = given.architecture.get(name), model.architecture.get(name)
+            if theirs != ours:
+                raise UserError(f"{args.weights} has {name} {theirs}, and {ours} is wanted here")
         model.load_state_dict(given.state_dict())
     elif args.pretrained:
         load_pretrained(model)
@@ -140,9 +153,10 @@ def main(args: argparse.Namespace) -> None:
     data = load_data(args)
     normalization = measure_normalization(data)
     model = build_model(args, len(data.class_names)).to(device)
-    student = Weights(model, "float", data.class_names, normalization, data.train.images.shape[-1])
+    student = Weights(model, KINDS[args.model], data.class_names, normalization, data.train.images.shape[-1])
     teacher = load_teacher(args.teacher, student, device) if args.teacher else None
-    if device.type == "cpu":
+    # torchvision's blocks add and clamp in place, which the fast layers do not bear.
+    if device.type == "cpu" and args.model == "mobilenetv2":
         use_fast_layers(model, kernels=not args.compile)
     average = ExponentialMovingAverage(model, args.ema) if args.ema else None
     kept: nn.Module = average.module if average else model

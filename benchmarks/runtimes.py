@@ -43,7 +43,13 @@ from utils.other_runtimes import Contestant, Run, onnxruntime_contestants, openv
 from utils.tables import format_table
 from utils.torchscript import float_forms, fresh_copy, to_torchscript
 from utils.vnni import peak_macs_per_s
-from utils.weights import Weights, add_output_stride_argument, complete, load_weights
+from utils.weights import (
+    MOBILENETV2_KINDS,
+    Weights,
+    add_output_stride_argument,
+    complete,
+    load_weights,
+)
 
 OURS, FLOAT = "TorchScript int8", "TorchScript float"
 SETTLING_BATCHES = 8
@@ -291,7 +297,7 @@ def main(args: argparse.Namespace) -> None:
         quantization.use_engine(engine)
     others = find_others()
     stride = args.output_stride
-    weights = load_weights(args.weights, kind=None, output_stride=stride) if args.weights else None
+    weights = load_weights(args.weights, MOBILENETV2_KINDS, stride) if args.weights else None
     data = load_data(args, weights and weights.image_size)
     weights = complete(args.weights, weights, data) if weights else random_weights(data, stride or 32)
     weights = replace(weights, model=MobileNetV2Quantization.from_float(weights.model))

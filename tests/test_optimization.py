@@ -70,6 +70,23 @@ def test_muon_steps_pointwise_convolutions_by_orthogonal_updates_and_the_rest_as
     assert pointwise == 34
 
 
+def test_muon_takes_a_3x3_convolution_as_a_matrix_but_not_a_stem():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3)).to(memory_format=torch.channels_last)
+    before = [layer.weight.detach().clone() for layer in model]
+    gradients = [torch.randn_like(weight) for weight in before]
+    for layer, gradient in zip(model, gradients, strict=True):
+        layer.weight.grad = gradient.clone()
+    build_optimizer(model, ARGS).step()
+    stem, inner = (
+        weight * (1 - ARGS.lr * ARGS.weight_decay) - layer.weight.detach()
+        for weight, layer in zip(before, model, strict=True)
+    )
+    torch.testing.assert_close(stem, 1.9 * ARGS.lr * gradients[0], rtol=1e-3, atol=1e-3)
+    expected = orthogonalize(gradients[1].flatten(1)).view_as(inner)
+    torch.testing.assert_close(inner / ARGS.muon_lr, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_muon_goes_on_from_its_state_as_if_it_had_not_stopped():
     def model_and_optimizer():
         torch.manual_seed(0)

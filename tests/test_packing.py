@@ -28,7 +28,7 @@ from utils.packing_format import STREAMS, PackedFile, Slot, is_packed
 from utils.packing_format import encode as encode_tensors
 from utils.packing_int8 import load_int8
 from utils.torchscript import ScriptMetadata, load_torchscript, to_torchscript
-from utils.weights import load_weights, save_weights
+from utils.weights import MOBILENETV2_KINDS, load_weights, save_weights
 
 INT8_VARIANTS = ("ptq_per_tensor", "ptq_per_channel")
 
@@ -64,7 +64,7 @@ def packed(pruned, tiny_qmodel, tiny_scripted, tmp_path_factory) -> dict[str, Pa
 
 
 def state_bytes(path) -> dict[str, bytes]:
-    state = load_weights(path, kind=None).model.state_dict()
+    state = load_weights(path, MOBILENETV2_KINDS).model.state_dict()
     return {name: value.numpy().tobytes() for name, value in state.items()}
 
 
@@ -125,7 +125,7 @@ def test_tensors_of_any_shape_density_and_type_come_back(tmp_path_factory, array
 @pytest.mark.parametrize("name", ["float32", "qmodel"])
 def test_float32_comes_back_bit_for_bit_with_all_that_travels_with_it(name, packed, pruned, tiny_qmodel):
     source = {"float32": pruned, "qmodel": tiny_qmodel}[name]
-    before, after = (load_weights(path, kind=None) for path in (source, packed[name]))
+    before, after = (load_weights(path, MOBILENETV2_KINDS) for path in (source, packed[name]))
     assert state_bytes(packed[name]) == state_bytes(source)
     assert list(after.model.state_dict()) == list(before.model.state_dict())
     for field in ("kind", "class_names", "normalization", "image_size", "metrics"):
@@ -313,7 +313,7 @@ def test_weights_are_not_int8_and_int8_is_no_weights(packed):
     with pytest.raises(UserError, match="holds float weights"):
         load_int8(packed["float32"])
     with pytest.raises(UserError, match="a qmodel"):
-        load_weights(packed["float32"], kind="qmodel")
+        load_weights(packed["float32"], "qmodel")
 
 
 def test_what_is_no_packed_file(tmp_path, pruned):

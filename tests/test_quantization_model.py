@@ -119,7 +119,7 @@ def test_relu6_stays_relu6(images, fuse):
 def test_a_qmodel_file_comes_back_as_the_same_model(tmp_path, images):
     model = MobileNetV2Quantization.from_float(float_model(output_stride=8))
     save_weights(tmp_path / "qmodel.pth", Weights(model, kind="qmodel"), Namespace())
-    read = load_weights(tmp_path / "qmodel.pth", kind="qmodel").model
+    read = load_weights(tmp_path / "qmodel.pth", "qmodel").model
     assert type(read) is MobileNetV2Quantization
     with torch.no_grad():
         assert torch.equal(read(images), model(images))

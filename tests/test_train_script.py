@@ -136,6 +136,37 @@ def test_several_teachers_answer_as_one(train, tiny_scripted, tmp_path):
     assert "nowhere.pth does not exist" in refused.stderr
 
 
+RESNET18 = ("--model", "resnet18", "--width_mult", 1)
+
+
+def test_a_resnet18_is_trained_to_teach_and_for_nothing_else(train, run_script, tiny_folder, tmp_path):
+    teacher, further, taught = (tmp_path / f"{name}.pth" for name in ("teacher", "further", "taught"))
+    train(teacher, "--epochs", 1, *RESNET18, "--optimizer", "muon")
+    train(further, "--epochs", 1, *RESNET18, "--weights", teacher, "--lr", 1e-9, "--scheduler", "none")
+    before, after = (load_weights(path, "resnet18") for path in (teacher, further))
+    assert before.class_names == TINY_CLASSES
+    for name, parameter in before.model.named_parameters():
+        torch.testing.assert_close(after.model.get_parameter(name), parameter)
+
+    train(taught, "--epochs", 1, "--teacher", teacher)
+    assert load_weights(taught).model.architecture["width_mult"] == 0.1
+    data = ("--dataset", "folder", "--data_dir", tiny_folder)
+    printed = run_script("evaluate.py", *data, "--weights", teacher).stdout
+    assert f"test accuracy {before.metrics['test_accuracy_pct']:.2f} %" in printed
+    for refusing in (
+        ("--weights", teacher),
+        (*RESNET18, "--weights", taught),
+    ):
+        assert "is wanted here" in train(tmp_path / "m.pth", *refusing, expect=2).stderr
+    packing = ("scripts/pack_weights.py", "--weights", teacher, "--o", tmp_path / "packed.npz")
+    assert "a ResNet-18" in run_script(*packing, expect=2).stderr
+
+
+@pytest.mark.parametrize("option", [("--pretrained",), ("--width_mult", 0.5)])
+def test_a_resnet18_has_not_all_options_of_mobilenetv2(train, tmp_path, option):
+    assert "resnet18" in train(tmp_path / "m.pth", *RESNET18, *option, expect=2).stderr
+
+
 def test_an_ensemble_answers_the_mean():
     one, other = nn.Linear(4, 3), nn.Linear(4, 3)
     x = torch.randn(5, 4)
@@ -163,7 +194,7 @@ def test_existing_weights_are_kept(train, tmp_path):
 def test_starting_from_weights_of_other_classes_is_refused(train, tmp_path):
     other = tmp_path / "other.pth"
     save_weights(other, Weights(MobileNetV2(5, 0.1)), Namespace())
-    assert "5 classes" in train(tmp_path / "m.pth", "--weights", other, expect=2).stderr
+    assert "num_classes 5" in train(tmp_path / "m.pth", "--weights", other, expect=2).stderr
 
 
 def test_pretrained_takes_all_but_the_classifier(monkeypatch):

@@ -14,7 +14,7 @@ from utils.cli import fraction, positive_float
 from utils.errors import UserError
 from utils.model_files import open_model
 from utils.training import LossFunction, cross_entropy
-from utils.weights import Weights
+from utils.weights import ALL_KINDS, Weights
 
 
 def add_distillation_arguments(parser: ArgumentParser) -> None:
@@ -67,7 +67,7 @@ def load_teacher(paths: list[str], student: Weights, device: torch.device) -> nn
 
 
 def _load_member(path: str, student: Weights, device: torch.device) -> nn.Module:
-    teacher = open_model(path)
+    teacher = open_model(path, kinds=ALL_KINDS)
     classes = teacher.architecture["num_classes"], student.model.architecture["num_classes"]
     if classes[0] != classes[1] or teacher.class_names not in (None, student.class_names):
         raise UserError(f"--teacher {path} knows other classes than the model: give one of the same data set")

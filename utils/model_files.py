@@ -14,7 +14,7 @@ from utils.files import check_input
 from utils.model_statistics import model_statistics
 from utils.packing_int8 import is_packed_int8, load_int8
 from utils.torchscript import load_torchscript
-from utils.weights import check_classes, is_torchscript, load_weights
+from utils.weights import MOBILENETV2_KINDS, check_classes, is_torchscript, load_weights
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,10 @@ class ModelFile:
 
     Args:
         path: where it was read.
-        variant: "float", "qmodel" or the variant that a TorchScript file names.
+        variant: the kind of weights ("float", "qmodel", "resnet18"), or the variant that a TorchScript file
+            names.
         model: in eval mode; maps normalized images (N, 3, H, W) to logits (N, classes).
-        architecture: the arguments of MobileNetV2.
+        architecture: the arguments of the model's class.
         class_names: None if the file carries none, as a bare state_dict.
         normalization: None if the file carries none.
         image_size: side in pixels of the images that it was trained on, and MACs are counted for.
@@ -71,12 +72,18 @@ class ModelFile:
         return self.normalization or measure_normalization(data)
 
 
-def open_model(path: str | os.PathLike, output_stride: int | None = None) -> ModelFile:
+def open_model(
+    path: str | os.PathLike,
+    output_stride: int | None = None,
+    kinds: tuple[str, ...] = MOBILENETV2_KINDS,
+) -> ModelFile:
     """Open a file of any kind that this project writes, or a bare state_dict.
 
     Args:
         path: the file.
         output_stride: instead of the file's own, where it is not fixed.
+        kinds: of weights that the caller takes, as `load_weights`; TorchScript and packed int8 files
+            are always taken.
 
     Raises:
         UserError: the file is missing, broken or foreign, its engine is not supported here, or its
@@ -92,7 +99,7 @@ def open_model(path: str | os.PathLike, output_stride: int | None = None) -> Mod
         model, metadata = load_scripted(path)
         kept = {f.name: getattr(metadata, f.name) for f in fields(ModelFile) if hasattr(metadata, f.name)}
         return ModelFile(path=path, model=model.eval(), **kept)
-    weights = load_weights(path, kind=None, output_stride=output_stride)
+    weights = load_weights(path, kinds, output_stride)
     statistics = model_statistics(weights.model, weights.image_size)
     return ModelFile(
         path=path,

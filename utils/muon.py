@@ -10,14 +10,16 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = {torch.float32: (5,), torch.bfloat16: (3, 2)}
 """Steps that are taken together, by the type that is computed with; five in all."""
 MATRIX_MOMENTUM = 0.95
+IMAGE_CHANNELS = 3
 
 
 class Muon(torch.optim.SGD):
     """Muon for the groups that say `orthogonalize`, SGD with Nesterov momentum for the others.
 
     Jordan et al., 2024 (https://kellerjordan.github.io/posts/muon/). torch.optim.Muon takes
-    two-dimensional parameters alone; here a pointwise convolution's (out, in, 1, 1) is the matrix
-    that it computes with, and one optimizer (one schedule, one state) steps everything.
+    two-dimensional parameters alone; here a convolution's (out, in, y, x) is the matrix
+    (out, in * y * x) that it computes with, and one optimizer (one schedule, one state) steps
+    everything.
 
     Args:
         groups: of parameters; each has `orthogonalize`, true or false.
@@ -95,6 +97,9 @@ def _step_together(x: Tensor, steps: int) -> Tensor:
     return product @ x
 
 
-def is_pointwise(parameter: nn.Parameter) -> bool:
-    """Whether a weight is that of a pointwise convolution."""
-    return parameter.ndim == 4 and parameter.shape[2:] == (1, 1)
+def is_orthogonalized(parameter: nn.Parameter) -> bool:
+    """Whether a weight is that of a convolution that mixes many channels.
+
+    Depthwise filters see one channel, and a stem the three of an image: too few to orthogonalize.
+    """
+    return parameter.ndim == 4 and parameter.shape[1] > IMAGE_CHANNELS

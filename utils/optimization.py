@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from utils.cli import fraction_below_one, non_negative_float, positive_float
-from utils.muon import Muon, is_pointwise
+from utils.muon import Muon, is_orthogonalized
 
 OPTIMIZERS = ("sgd", "muon", "adam", "adamw")
 SCHEDULERS = ("none", "cosine", "one_cycle")
@@ -23,7 +23,8 @@ def add_optimization_arguments(parser: ArgumentParser, lr: float, weight_decay: 
         "--optimizer",
         choices=OPTIMIZERS,
         default="sgd",
-        help="sgd is with Nesterov momentum; muon is muon for pointwise convolutions, sgd for the rest",
+        help="sgd is with Nesterov momentum; muon is muon for the convolutions that mix more than three "
+        "channels, sgd for the rest",
     )
     group.add_argument("--lr", type=positive_float, default=lr, help="highest learning rate")
     group.add_argument(
@@ -79,7 +80,7 @@ def build_optimizer(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
 def _build_muon(decayed: list[nn.Parameter], undecayed: dict[str, Any], args: Namespace) -> Muon:
     groups = [
         {
-            "params": [p for p in decayed if is_pointwise(p)],
+            "params": [p for p in decayed if is_orthogonalized(p)],
             "orthogonalize": True,
             "lr": args.muon_lr,
             "momentum": 0.0,
@@ -87,7 +88,7 @@ def _build_muon(decayed: list[nn.Parameter], undecayed: dict[str, Any], args: Na
             # SGD decays by lr * weight_decay a step, and this is to be the same for all weights.
             "weight_decay": args.weight_decay * args.lr / args.muon_lr,
         },
-        {"params": [p for p in decayed if not is_pointwise(p)], "weight_decay": args.weight_decay},
+        {"params": [p for p in decayed if not is_orthogonalized(p)], "weight_decay": args.weight_decay},
         undecayed,
     ]
     for group in groups[1:]:

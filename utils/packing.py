@@ -18,7 +18,7 @@ from utils.packing_codecs import GAPS, MASK, huffman_size, is_kept, planes_size,
 from utils.packing_format import PackedFile, is_packed
 from utils.packing_int8 import encode_int8, int8_tensors, is_packed_int8, load_int8
 from utils.torchscript import ScriptMetadata, engine_of, load_torchscript
-from utils.weights import Weights, is_torchscript, load_weights
+from utils.weights import MOBILENETV2_KINDS, Weights, is_torchscript, load_weights
 
 DTYPES = ("float32", "float16", "int8")
 KINDS = ("values", "positions", "scales", "biases", "batch_norm", "header")
@@ -53,7 +53,7 @@ def open_source(path: str | os.PathLike, dtype: str | None) -> tuple[Weights | I
                 "(.pth) that it was made from"
             )
         return (scripted, metadata), "int8"
-    weights = load_weights(path, kind=None)
+    weights = load_weights(path, MOBILENETV2_KINDS)
     if dtype == "int8":
         raise UserError(
             f"{path} holds float weights: quantize them with post_training_quantization.py or "
@@ -89,7 +89,7 @@ def check_same(path: str | os.PathLike, source: Weights | Int8Model, dtype: str)
     """
     if isinstance(source, Weights):
         expected = packing_float.round_to(source.model.state_dict(), dtype)
-        found = load_weights(path, kind=None).model.state_dict()
+        found = load_weights(path, MOBILENETV2_KINDS).model.state_dict()
         differing = [name for name in expected if not _same_bits(expected[name], found[name])]
         if differing or list(expected) != list(found):
             raise RuntimeError(f"{path}: {', '.join(differing) or 'the list of tensors'} did not come back")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models import MobileNetV2, MobileNetV2Quantization
+from models import MobileNetV2, MobileNetV2Quantization, ResNet18
 from models.mobilenetv2 import OUTPUT_STRIDES
 from utils.data import DEFAULT_IMAGE_SIZE, ImageData, Normalization, measure_normalization
 from utils.errors import UserError, one_line
@@ -26,11 +26,14 @@ from utils.runtime import plain, versions
 FORMAT = "mobilenetv2-weights"
 FORMAT_VERSION = 1
 LARGEST_IMAGE_SIZE = 4096
-MODEL_CLASSES = {"float": MobileNetV2, "qmodel": MobileNetV2Quantization}
+MODEL_CLASSES = {"float": MobileNetV2, "qmodel": MobileNetV2Quantization, "resnet18": ResNet18}
 SAY_KIND = {
     "float": "float weights (dense or pruned)",
     "qmodel": "a qmodel (written by scripts/to_qmodel_weights.py)",
+    "resnet18": "a ResNet-18 (written by train.py --model resnet18)",
 }
+MOBILENETV2_KINDS = ("float", "qmodel")
+ALL_KINDS = tuple(MODEL_CLASSES)
 # How torch.load names a class or a function that it refuses to call.
 NOT_PLAIN = re.compile("GLOBAL|allowlisted")
 
@@ -39,11 +42,12 @@ NOT_PLAIN = re.compile("GLOBAL|allowlisted")
 class Weights:
     """A model with what must travel with it.
 
-    `kind` is "float" (MobileNetV2, dense or pruned) or "qmodel" (MobileNetV2Quantization, still in
-    float, ready to be quantized). A bare state_dict has no class names and no normalization.
+    `kind` is "float" (MobileNetV2, dense or pruned), "qmodel" (MobileNetV2Quantization, still in
+    float, ready to be quantized) or "resnet18" (ResNet18, a teacher). A bare state_dict has no class
+    names and no normalization.
     """
 
-    model: MobileNetV2
+    model: MobileNetV2 | ResNet18
     kind: str = "float"
     class_names: tuple[str, ...] | None = None
     normalization: Normalization | None = None
@@ -71,21 +75,25 @@ def save_weights(path: str | os.PathLike, weights: Weights, args: Namespace) -> 
 
 
 def load_weights(
-    path: str | os.PathLike, kind: str | None = "float", output_stride: int | None = None
+    path: str | os.PathLike,
+    kinds: str | tuple[str, ...] = "float",
+    output_stride: int | None = None,
 ) -> Weights:
     """Rebuild the model from the file alone.
 
     Args:
         path: a file of `save_weights`, packed float weights, or a bare state_dict of torchvision's
             MobileNetV2.
-        kind: "float" or "qmodel", what the caller goes on with; None takes both.
+        kinds: what the caller goes on with, one or several of MODEL_CLASSES.
         output_stride: instead of the file's own; the weights do not depend on it.
 
     Raises:
-        UserError: the file is missing, truncated, no weights, of the other kind, or does not fit
+        UserError: the file is missing, truncated, no weights, of another kind, or does not fit
             the architecture.
     """
     path = check_input(path, "weights file")
+    kinds = (kinds,) if isinstance(kinds, str) else kinds
+    wanted = " or ".join(SAY_KIND[kind] for kind in kinds)
     if is_packed(path):
         content = {**read_weights(path), "format": FORMAT, "format_version": FORMAT_VERSION}
     else:
@@ -97,8 +105,8 @@ def load_weights(
         )
     if "format" not in content:
         content = _from_bare_state_dict(path, content)
-        if kind == "qmodel":
-            raise UserError(f"{path} is a bare state_dict, {SAY_KIND['qmodel']} is wanted: convert it first")
+        if kinds == ("qmodel",):
+            raise UserError(f"{path} is a bare state_dict, {wanted} is wanted: convert it first")
     if content.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {content.get('format_version')!r}, this program reads "
@@ -107,8 +115,8 @@ def load_weights(
     found = str(content.get("kind"))
     if found not in SAY_KIND:
         raise UserError(f"{path} is of the unknown kind {found!r}: use the release that wrote it")
-    if kind not in (None, found):
-        raise UserError(f"{path} is {SAY_KIND[found]}, {SAY_KIND[kind]} is wanted here")
+    if found not in kinds:
+        raise UserError(f"{path} is {SAY_KIND[found]}, {wanted} is wanted here")
     return _rebuild(path, content, output_stride)
 
 
@@ -245,7 +253,8 @@ def _rebuild(path: Path, content: dict[str, Any], output_stride: int | None) -> 
         if not 1 <= weights.image_size <= LARGEST_IMAGE_SIZE:
             raise ValueError(f"image_size is {weights.image_size}")
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit MobileNetV2 ({one_line(error)[:200]})") from error
+        model_name = MODEL_CLASSES[content["kind"]].__name__
+        raise UserError(f"{path} does not fit {model_name} ({one_line(error)[:200]})") from error
     if weights.class_names and len(weights.class_names) != architecture["num_classes"]:
         raise UserError(
             f"{path} names {len(weights.class_names)} classes for {architecture['num_classes']} outputs"
