@@ -43,13 +43,7 @@ from utils.other_runtimes import Contestant, Run, onnxruntime_contestants, openv
 from utils.tables import format_table
 from utils.torchscript import float_forms, fresh_copy, to_torchscript
 from utils.vnni import peak_macs_per_s
-from utils.weights import (
-    MOBILENETV2_KINDS,
-    Weights,
-    add_output_stride_argument,
-    complete,
-    load_weights,
-)
+from utils.weights import MOBILENETV2_KINDS, Weights, add_output_stride_argument, complete, load_weights
 
 OURS, FLOAT = "TorchScript int8", "TorchScript float"
 SETTLING_BATCHES = 8

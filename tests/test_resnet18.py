@@ -25,7 +25,6 @@ def test_outputs_equal_torchvisions_at_output_stride_32():
         torch.testing.assert_close(ours.eval()(images), theirs(images))
 
 
-# Stem and stages of 64 to 512 channels, on maps of 16, 8, 4 and 2 at output stride 16.
 @pytest.mark.parametrize("output_stride", [32, 16, 8])
 def test_macs_equal_the_count_by_hand(output_stride):
     side = {32: 16, 16: 32, 8: 32}[output_stride]

@@ -153,10 +153,7 @@ def test_a_resnet18_is_trained_to_teach_and_for_nothing_else(train, run_script, 
     data = ("--dataset", "folder", "--data_dir", tiny_folder)
     printed = run_script("evaluate.py", *data, "--weights", teacher).stdout
     assert f"test accuracy {before.metrics['test_accuracy_pct']:.2f} %" in printed
-    for refusing in (
-        ("--weights", teacher),
-        (*RESNET18, "--weights", taught),
-    ):
+    for refusing in (("--weights", teacher), (*RESNET18, "--weights", taught)):
         assert "is wanted here" in train(tmp_path / "m.pth", *refusing, expect=2).stderr
     packing = ("scripts/pack_weights.py", "--weights", teacher, "--o", tmp_path / "packed.npz")
     assert "a ResNet-18" in run_script(*packing, expect=2).stderr

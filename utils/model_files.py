@@ -23,8 +23,7 @@ class ModelFile:
 
     Args:
         path: where it was read.
-        variant: the kind of weights ("float", "qmodel", "resnet18"), or the variant that a TorchScript file
-            names.
+        variant: the kind of weights, or the variant that a TorchScript file names.
         model: in eval mode; maps normalized images (N, 3, H, W) to logits (N, classes).
         architecture: the arguments of the model's class.
         class_names: None if the file carries none, as a bare state_dict.
