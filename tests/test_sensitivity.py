@@ -412,8 +412,9 @@ def test_an_interrupted_scan_ends_with_the_same_log(scan, scanned, tiny_folder, 
         lambda: output.is_file() and len(output.read_text().splitlines()) > 20,
         signal.SIGINT,
     )
-    assert process.returncode == 130
-    assert "106 rows" in process.stderr.read()
+    printed = process.stderr.read()
+    assert process.returncode == 130, printed
+    assert "106 rows" in printed
     measured = output.read_text().splitlines()
     assert 20 < len(measured) < 107
     output.write_text("\n".join(measured)[:-3])  # as a kill within a line leaves it

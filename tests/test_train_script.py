@@ -72,8 +72,9 @@ def test_a_resumed_run_ends_with_the_same_weights(train, tiny_folder, tmp_path, 
     assert not output.exists()
     assert output.with_name("resumed.checkpoint.pth").exists()
     if sign == signal.SIGINT:
-        assert process.returncode == 130
-        assert "--resume" in process.stderr.read()
+        printed = process.stderr.read()
+        assert process.returncode == 130, printed
+        assert "--resume" in printed
     train(output, *recipe, expect=2)  # a checkpoint is not thrown away unasked
     train(output, *recipe, "--seed", 1, "--resume", expect=2)
     train(output, *recipe, "--resume")
