@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from utils import cli, errors, runtime
-from utils.batches import Batches
-from utils.data import load_data
-from utils.devices import add_device_argument, choose_device
-from utils.errors import UserError
+from utils.checkpoints.weights import ALL_KINDS, add_output_stride_argument, is_torchscript
+from utils.common import cli, errors, runtime
+from utils.common.devices import add_device_argument, choose_device
+from utils.common.errors import UserError
+from utils.common.files import file_size_mb
+from utils.common.tables import format_table
+from utils.data.datasets import load_data
+from utils.data.loader import Batches
 from utils.evaluation import Evaluation, evaluate
-from utils.files import file_size_mb
-from utils.model_files import ModelFile, open_model
-from utils.tables import format_table
-from utils.weights import ALL_KINDS, add_output_stride_argument, is_torchscript
+from utils.open_model import ModelFile, open_model
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -7,25 +7,25 @@ only reported on. Three TorchScript files are written, which run without this re
 import argparse
 from pathlib import Path
 
-from utils import cli, errors, runtime
-from utils.batches import Batches
-from utils.bias_correction import correct_biases
-from utils.data import load_data
-from utils.deployment import (
+from utils.checkpoints.weights import complete, load_weights
+from utils.common import cli, errors, runtime
+from utils.common.files import check_output
+from utils.data.datasets import load_data
+from utils.data.loader import Batches
+from utils.deployment.comparison import (
     add_quantization_arguments,
     calibration_batches,
     compare,
     deploy,
     format_comparison,
 )
-from utils.files import check_output
-from utils.quantization import (
+from utils.quantization.bias_correction import correct_biases
+from utils.quantization.eager import (
     calibrate,
     fold_batch_norms,
     post_training_quantize,
     use_engine,
 )
-from utils.weights import complete, load_weights
 
 VARIANTS = ("float", "ptq_per_tensor", "ptq_per_channel")
 

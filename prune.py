@@ -13,27 +13,27 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from utils import cli, distributed, errors, files, runtime
-from utils.batches import Batches
-from utils.compilation import add_compile_argument, check_compiler
-from utils.data import ImageData, load_data
-from utils.devices import add_amp_argument, add_device_argument, choose_device, device_of
-from utils.distillation import add_distillation_arguments, load_teacher, training_loss
-from utils.errors import UserError
-from utils.evaluation import Evaluation, evaluate
-from utils.fast_training import use_fast_layers
-from utils.model_statistics import ModelStatistics, model_statistics, prunable_layers
-from utils.optimization import (
-    ExponentialMovingAverage,
-    add_average_argument,
-    add_optimization_arguments,
-    build_optimizer,
-    build_scheduler,
+from models.statistics import ModelStatistics, model_statistics, prunable_layers
+from utils.checkpoints.weights import (
+    Weights,
+    add_output_stride_argument,
+    complete,
+    load_weights,
+    save_weights,
 )
-from utils.pruner import CubicRamp, FineGrainedPruner
-from utils.sparsity_dict import MEANING, read_sparsity_dict
-from utils.tables import format_table
-from utils.training import (
+from utils.common import cli, distributed, errors, files, runtime
+from utils.common.devices import add_device_argument, choose_device, device_of
+from utils.common.errors import UserError
+from utils.common.tables import format_table
+from utils.data.datasets import ImageData, load_data
+from utils.data.loader import Batches
+from utils.evaluation import Evaluation, evaluate
+from utils.pruning.pruner import CubicRamp, FineGrainedPruner
+from utils.pruning.sparsity_dict import MEANING, read_sparsity_dict
+from utils.training.compilation import add_compile_argument, check_compiler
+from utils.training.distillation import add_distillation_arguments, load_teacher, training_loss
+from utils.training.kernels.layers import use_fast_layers
+from utils.training.loop import (
     EVALUATION_BATCH_SIZE,
     Progress,
     Run,
@@ -44,7 +44,14 @@ from utils.training import (
     select_on_val,
     training_batches,
 )
-from utils.weights import Weights, add_output_stride_argument, complete, load_weights, save_weights
+from utils.training.optimization import (
+    ExponentialMovingAverage,
+    add_average_argument,
+    add_optimization_arguments,
+    build_optimizer,
+    build_scheduler,
+)
+from utils.training.precision import add_amp_argument, check_amp
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -194,6 +201,7 @@ def main(args: argparse.Namespace) -> None:
     check_training_outputs(args)
     ramp_epochs(args)
     device = choose_device(args)
+    check_amp(args, device)
     check_compiler(args, device)
     weights = load_weights(args.weights, output_stride=args.output_stride)
     keep_ratios = read_sparsity_dict(args.sparsity_dict, prunable_layers(weights.model))

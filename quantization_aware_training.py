@@ -11,22 +11,21 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from utils import cli, distributed, errors, runtime
-from utils.batches import Batches
-from utils.data import ImageData, load_data
-from utils.deployment import (
+from utils.checkpoints.weights import Weights, complete, load_weights
+from utils.common import cli, distributed, errors, runtime
+from utils.common.devices import add_device_argument, choose_device
+from utils.data.datasets import ImageData, load_data
+from utils.data.loader import Batches
+from utils.deployment.comparison import (
     add_quantization_arguments,
     calibration_batches,
     compare,
     deploy,
     format_comparison,
 )
-from utils.devices import add_device_argument, choose_device
-from utils.distillation import add_distillation_arguments, load_teacher, training_loss
 from utils.evaluation import evaluate
-from utils.optimization import add_optimization_arguments, build_optimizer, build_scheduler
-from utils.pruner import FineGrainedPruner
-from utils.quantization import (
+from utils.pruning.pruner import FineGrainedPruner
+from utils.quantization.eager import (
     calibrate_qat,
     convert_qat,
     fold_batch_norms,
@@ -35,7 +34,8 @@ from utils.quantization import (
     prepare_qat,
     use_engine,
 )
-from utils.training import (
+from utils.training.distillation import add_distillation_arguments, load_teacher, training_loss
+from utils.training.loop import (
     Progress,
     Run,
     add_training_arguments,
@@ -44,7 +44,7 @@ from utils.training import (
     fit,
     training_batches,
 )
-from utils.weights import Weights, complete, load_weights
+from utils.training.optimization import add_optimization_arguments, build_optimizer, build_scheduler
 
 # Fake quantization is not made for others.
 DEVICES = ("auto", "cpu", "cuda")

@@ -12,24 +12,18 @@ from torch import nn
 
 from models import MobileNetV2, ResNet18
 from models.mobilenetv2 import OUTPUT_STRIDES
-from utils import cli, distributed, errors, files, runtime
-from utils.batches import Batches
-from utils.compilation import add_compile_argument, check_compiler
-from utils.data import load_data, measure_normalization
-from utils.devices import add_amp_argument, add_device_argument, choose_device
-from utils.distillation import add_distillation_arguments, load_teacher, training_loss
-from utils.errors import UserError
+from utils.checkpoints.foreign import load_pretrained
+from utils.checkpoints.weights import Weights, load_weights, save_weights
+from utils.common import cli, distributed, errors, files, runtime
+from utils.common.devices import add_device_argument, choose_device
+from utils.common.errors import UserError
+from utils.data.datasets import load_data, measure_normalization
+from utils.data.loader import Batches
 from utils.evaluation import evaluate
-from utils.fast_training import use_fast_layers
-from utils.optimization import (
-    ExponentialMovingAverage,
-    add_average_argument,
-    add_optimization_arguments,
-    build_optimizer,
-    build_scheduler,
-)
-from utils.pretrained import load_pretrained
-from utils.training import (
+from utils.training.compilation import add_compile_argument, check_compiler
+from utils.training.distillation import add_distillation_arguments, load_teacher, training_loss
+from utils.training.kernels.layers import use_fast_layers
+from utils.training.loop import (
     EVALUATION_BATCH_SIZE,
     Run,
     add_training_arguments,
@@ -39,7 +33,14 @@ from utils.training import (
     select_on_val,
     training_batches,
 )
-from utils.weights import Weights, load_weights, save_weights
+from utils.training.optimization import (
+    ExponentialMovingAverage,
+    add_average_argument,
+    add_optimization_arguments,
+    build_optimizer,
+    build_scheduler,
+)
+from utils.training.precision import add_amp_argument, check_amp
 
 KINDS = {"mobilenetv2": "float", "resnet18": "resnet18"}
 """Of the weights file, by --model."""
@@ -149,6 +150,7 @@ def main(args: argparse.Namespace) -> None:
     check_training_outputs(args)
     strides = output_stride_by_epoch(args)
     device = choose_device(args)
+    check_amp(args, device)
     check_compiler(args, device)
     data = load_data(args)
     normalization = measure_normalization(data)

@@ -6,7 +6,7 @@ medians are compared. Nobody wins by being wrong: an int8 model whose logits lie
 far from those of the float model as ours do (root mean square) is shown but not counted.
 
 The arithmetic limit is the time that the multiply-adds of the net take if a core does nothing but
-int8 ones at its full rate (utils/vnni.py measures that rate). A share of 100 % is out of reach:
+int8 ones at its full rate (benchmarks/vnni.py measures that rate). A share of 100 % is out of reach:
 depthwise layers, requantization and moving data are not free.
 
 Without --weights the model is drawn at random, with settled batch norms, at output stride 32 unless
@@ -28,22 +28,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
+from benchmarks.other_runtimes import Contestant, Run, onnxruntime_contestants, openvino_contestants
+from benchmarks.vnni import peak_macs_per_s
 from models import MobileNetV2, MobileNetV2Quantization
-from utils import cli, errors, quantization, runtime
-from utils.batches import Batches
-from utils.bias_correction import correct_biases
-from utils.data import ImageData, load_data
-from utils.errors import UserError
-from utils.latency import Latency, measure_fastest_forms
-from utils.model_files import ModelFile
-from utils.model_statistics import count_macs
-from utils.onnx_export import to_onnx
-from utils.optional_packages import import_optional
-from utils.other_runtimes import Contestant, Run, onnxruntime_contestants, openvino_contestants
-from utils.tables import format_table
-from utils.torchscript import float_forms, fresh_copy, to_torchscript
-from utils.vnni import peak_macs_per_s
-from utils.weights import MOBILENETV2_KINDS, Weights, add_output_stride_argument, complete, load_weights
+from models.statistics import count_macs
+from utils.checkpoints.weights import (
+    MOBILENETV2_KINDS,
+    Weights,
+    add_output_stride_argument,
+    complete,
+    load_weights,
+)
+from utils.common import cli, errors, runtime
+from utils.common.errors import UserError
+from utils.common.optional_packages import import_optional
+from utils.common.tables import format_table
+from utils.data.datasets import ImageData, load_data
+from utils.data.loader import Batches
+from utils.deployment.latency import Latency, measure_fastest_forms
+from utils.deployment.onnx import to_onnx
+from utils.deployment.torchscript import float_forms, fresh_copy, to_torchscript
+from utils.open_model import ModelFile
+from utils.quantization import eager as quantization
+from utils.quantization.bias_correction import correct_biases
 
 OURS, FLOAT = "TorchScript int8", "TorchScript float"
 SETTLING_BATCHES = 8

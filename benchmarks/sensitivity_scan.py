@@ -1,7 +1,7 @@
 """Time of a sensitivity scan against the plain loop, on the same weights and images.
 
 Plain: for each layer and each fraction kept, prune a copy of the model and evaluate it on the whole
-split. Ours: `measure` of utils/sensitivity.py, as scripts/sensitivity_scan.py calls it. The two take
+split. Ours: `measure` of utils/pruning/sensitivity.py, as scripts/sensitivity_scan.py calls it. The two take
 turns, a few layers each, and every row is compared: counts by class, and the loss as the log has it.
 
 Without --weights the model is drawn at random, with settled batch norms. Its classes lie close
@@ -20,16 +20,16 @@ import torch
 
 from models import MobileNetV2
 from models.mobilenetv2 import OUTPUT_STRIDES
-from utils import cli, errors, runtime
-from utils.batches import Batches
-from utils.data import ImageData, load_data
-from utils.errors import UserError
+from utils.checkpoints.weights import Weights, complete, load_weights
+from utils.common import cli, errors, runtime
+from utils.common.errors import UserError
+from utils.common.tables import format_table
+from utils.data.datasets import ImageData, load_data
+from utils.data.loader import Batches
 from utils.evaluation import Evaluation, evaluate
-from utils.prefix_evaluation import LOSS_DECIMALS
-from utils.pruner import FineGrainedPruner
-from utils.sensitivity import Point, measure, scan_plan
-from utils.tables import format_table
-from utils.weights import Weights, complete, load_weights
+from utils.pruning.prefix_evaluation import LOSS_DECIMALS
+from utils.pruning.pruner import FineGrainedPruner
+from utils.pruning.sensitivity import Point, measure, scan_plan
 
 SETTLING_BATCHES = 8
 LAYERS_A_TURN = 4

@@ -2,8 +2,8 @@
 
 Usual: MobileNetV2 as torchvision builds it, in contiguous NCHW, a DataLoader over PIL images with
 torchvision's random crop and flip, SGD with Nesterov momentum. Ours: the same model, batch size,
-augmentation kind and optimizer through utils/batches.py, utils/fast_training.py and
-utils/training.py, in float32 and, where the CPU computes with it, in bfloat16 (`train.py --amp`).
+augmentation kind and optimizer through utils/data/loader.py, utils/training/kernels/layers.py and
+utils/training/loop.py, in float32 and, where the CPU computes with it, in bfloat16 (`train.py --amp`).
 Each side lives in a process of its own, since ours also sets up the allocator, and they take turns:
 a few steps each, again and again; medians of the rounds are compared.
 """
@@ -29,14 +29,14 @@ from torchvision import transforms
 
 from models import MobileNetV2
 from models.mobilenetv2 import OUTPUT_STRIDES
-from utils import cli, errors, runtime
-from utils.batches import Batches
-from utils.data import Normalization, Split, load_data, measure_normalization
-from utils.devices import is_fast_in_bfloat16
-from utils.fast_training import use_fast_layers
-from utils.optimization import MOMENTUM
-from utils.tables import format_table
-from utils.training import cross_entropy, train_one_epoch
+from utils.common import cli, errors, runtime
+from utils.common.tables import format_table
+from utils.data.datasets import Normalization, Split, load_data, measure_normalization
+from utils.data.loader import Batches
+from utils.training.kernels.layers import use_fast_layers
+from utils.training.loop import cross_entropy, train_one_epoch
+from utils.training.optimization import MOMENTUM
+from utils.training.precision import is_fast_in_bfloat16
 
 LR = 0.01
 WORKERS = 2

@@ -1,6 +1,6 @@
 """MobileNetV2 with what int8 quantization needs: entry, exit, observable additions, fusion.
 
-State_dict and float outputs are MobileNetV2's. ReLU6 stays ReLU6: utils/quantization.py folds it
+State_dict and float outputs are MobileNetV2's. ReLU6 stays ReLU6: utils/quantization/eager.py folds it
 into the range of the convolution in front of it, where the clamp costs nothing.
 """
 

@@ -11,9 +11,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from models.statistics import model_statistics
 from prune import format_density, format_layers
-from utils import cli, errors, files
-from utils.allocation import (
+from utils.checkpoints.weights import load_weights
+from utils.common import cli, errors, files
+from utils.common.errors import UserError
+from utils.pruning.allocation import (
     DEFAULT_METHOD,
     GROUPS,
     METHODS,
@@ -24,12 +27,9 @@ from utils.allocation import (
     shortest_keep_ratio,
     weight_budget,
 )
-from utils.errors import UserError
-from utils.model_statistics import model_statistics
-from utils.pruner import FineGrainedPruner
-from utils.scanning_log import read_measurements
-from utils.sparsity_dict import MEANING, describe_layers, write_sparsity_dict
-from utils.weights import load_weights
+from utils.pruning.pruner import FineGrainedPruner
+from utils.pruning.scanning_log import read_measurements
+from utils.pruning.sparsity_dict import MEANING, describe_layers, write_sparsity_dict
 
 
 def get_args_parser() -> argparse.ArgumentParser:

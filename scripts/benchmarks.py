@@ -15,15 +15,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from utils import cli, errors, runtime
-from utils.csv_files import write_csv
-from utils.errors import UserError
-from utils.files import check_output, file_size_mb
-from utils.latency import Latency, measure_fastest_forms
-from utils.model_files import ModelFile, open_model
-from utils.tables import format_table
-from utils.torchscript import float_forms
-from utils.weights import add_output_stride_argument
+from utils.checkpoints.weights import add_output_stride_argument
+from utils.common import cli, errors, runtime
+from utils.common.csv_files import write_csv
+from utils.common.errors import UserError
+from utils.common.files import check_output, file_size_mb
+from utils.common.tables import format_table
+from utils.deployment.latency import Latency, measure_fastest_forms
+from utils.deployment.torchscript import float_forms
+from utils.open_model import ModelFile, open_model
 
 # Name in CSV and record, header in the printed table, decimals in both.
 COLUMNS = (

@@ -12,10 +12,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import cli, errors, runtime
-from utils.files import check_output
-from utils.steps import run_script
-from utils.tables import format_table
+from utils.common import cli, errors, runtime
+from utils.common.files import check_output
+from utils.common.steps import run_script
+from utils.common.tables import format_table
 
 ACCEPTED_LOSS_OF_A_LAYER = 2.0
 """Points of accuracy on val that pruning a layer alone may cost in the demo."""

@@ -14,15 +14,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from utils import cli, errors, runtime
-from utils.batches import Batches
-from utils.data import ImageData, load_data
-from utils.errors import UserError
-from utils.files import atomic_write, check_output, file_size_mb
-from utils.model_files import ModelFile, open_model
-from utils.onnx_export import Difference, check_difference, compare_logits, logit_step, start_session, to_onnx
-from utils.optional_packages import import_optional
-from utils.weights import add_output_stride_argument
+from utils.checkpoints.weights import add_output_stride_argument
+from utils.common import cli, errors, runtime
+from utils.common.errors import UserError
+from utils.common.files import atomic_write, check_output, file_size_mb
+from utils.common.optional_packages import import_optional
+from utils.data.datasets import ImageData, load_data
+from utils.data.loader import Batches
+from utils.deployment.onnx import (
+    Difference,
+    check_difference,
+    compare_logits,
+    logit_step,
+    start_session,
+    to_onnx,
+)
+from utils.open_model import ModelFile, open_model
 
 CHECK_BATCH_SIZE = 100
 

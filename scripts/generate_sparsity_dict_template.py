@@ -12,11 +12,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import MobileNetV2
 from models.mobilenetv2 import OUTPUT_STRIDES
-from utils import cli, errors, files
-from utils.data import DEFAULT_IMAGE_SIZE
-from utils.model_statistics import model_statistics
-from utils.sparsity_dict import MEANING, describe_layers, write_sparsity_dict
-from utils.weights import Weights, load_weights
+from models.statistics import model_statistics
+from utils.checkpoints.weights import Weights, load_weights
+from utils.common import cli, errors, files
+from utils.data.datasets import DEFAULT_IMAGE_SIZE
+from utils.pruning.sparsity_dict import MEANING, describe_layers, write_sparsity_dict
 
 
 def get_args_parser() -> argparse.ArgumentParser:

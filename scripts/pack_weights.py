@@ -12,10 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pandas as pd
 
-from utils import cli, errors
-from utils.files import BYTES_PER_MB, atomic_write, check_output, file_size_mb
-from utils.packing import DTYPES, KINDS, check_same, encode, open_source, packed_sizes
-from utils.tables import format_table
+from utils.common import cli, errors
+from utils.common.files import BYTES_PER_MB, atomic_write, check_output, file_size_mb
+from utils.common.tables import format_table
+from utils.packing.pack import DTYPES, KINDS, check_same, encode, open_source, packed_sizes
 
 
 def get_args_parser() -> argparse.ArgumentParser:

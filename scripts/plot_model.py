@@ -15,10 +15,10 @@ import numpy as np
 from torch import Tensor
 
 from scripts.pack_weights import describe
-from utils import cli, errors, files
-from utils.errors import UserError
+from utils.common import cli, errors, files
+from utils.common.errors import UserError
 from utils.layer_weights import file_bytes, has_batch_norms, layer_weights
-from utils.model_files import ModelFile, open_model
+from utils.open_model import ModelFile, open_model
 from utils.plots import plot_model
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from utils import cli, errors, report_blocks
-from utils.errors import UserError
-from utils.files import atomic_write, check_input
-from utils.report_records import Results
-from utils.result_plots import PICTURES
-from utils.results_table import results_table
+from scripts.reporting import report_blocks
+from scripts.reporting.report_records import Results
+from scripts.reporting.result_plots import PICTURES
+from scripts.reporting.results_table import results_table
+from utils.common import cli, errors
+from utils.common.errors import UserError
+from utils.common.files import atomic_write, check_input
 
 BLOCK = re.compile(r"(<!-- begin (\w+)(?: (\S+))? -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 BLOCKS: dict[str, Callable[[Results, str], str]] = {

@@ -10,9 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import cli, errors, files
-from utils.scanning_log import read_recommended
-from utils.sparsity_dict import MEANING, write_sparsity_dict
+from utils.common import cli, errors, files
+from utils.pruning.scanning_log import read_recommended
+from utils.pruning.sparsity_dict import MEANING, write_sparsity_dict
 
 
 def get_args_parser() -> argparse.ArgumentParser:

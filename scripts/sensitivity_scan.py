@@ -16,19 +16,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
-from utils import cli, distributed, errors, files, runtime
-from utils.batches import Batches
-from utils.data import load_data
-from utils.devices import add_device_argument, choose_device
-from utils.errors import UserError
+from models.statistics import ModelStatistics, model_statistics
+from utils.checkpoints.weights import Weights, add_output_stride_argument, complete, load_weights
+from utils.common import cli, distributed, errors, files, runtime
+from utils.common.devices import add_device_argument, choose_device
+from utils.common.errors import UserError
+from utils.data.datasets import load_data
+from utils.data.loader import Batches
 from utils.evaluation import evaluate
-from utils.model_statistics import ModelStatistics, model_statistics
-from utils.plots import plot_sensitivity
-from utils.pruner import kept_count
-from utils.scanning_log import ScanningLog, scan_id
-from utils.sensitivity import measure, scan_plan
-from utils.sparsity_dict import describe_layers
-from utils.weights import Weights, add_output_stride_argument, complete, load_weights
+from utils.pruning.plots import plot_sensitivity
+from utils.pruning.pruner import kept_count
+from utils.pruning.scanning_log import ScanningLog, scan_id
+from utils.pruning.sensitivity import measure, scan_plan
+from utils.pruning.sparsity_dict import describe_layers
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -11,9 +11,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import MobileNetV2Quantization
-from utils import cli, errors, files
-from utils.model_statistics import model_statistics
-from utils.weights import add_output_stride_argument, load_weights, save_weights
+from models.statistics import model_statistics
+from utils.checkpoints.weights import add_output_stride_argument, load_weights, save_weights
+from utils.common import cli, errors, files
 
 
 def get_args_parser() -> argparse.ArgumentParser:

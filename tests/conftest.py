@@ -62,8 +62,8 @@ def tiny_folder(tmp_path_factory) -> Path:
 def tiny_weights(tmp_path_factory) -> Path:
     """A narrow untrained model for `tiny_folder`, with batch-norm statistics that are not trivial."""
     from models import MobileNetV2
-    from utils.data import Normalization
-    from utils.weights import Weights, save_weights
+    from utils.checkpoints.weights import Weights, save_weights
+    from utils.data.datasets import Normalization
 
     torch.manual_seed(0)
     model = MobileNetV2(num_classes=3, width_mult=0.1, output_stride=32)
@@ -85,10 +85,10 @@ def tiny_weights(tmp_path_factory) -> Path:
 def tiny_qmodel(tiny_folder, tmp_path_factory) -> Path:
     """A narrow qmodel that has learned `tiny_folder`."""
     from models import MobileNetV2, MobileNetV2Quantization
-    from utils.batches import Batches
-    from utils.data import load_data, measure_normalization
-    from utils.training import cross_entropy, train_one_epoch
-    from utils.weights import Weights, save_weights
+    from utils.checkpoints.weights import Weights, save_weights
+    from utils.data.datasets import load_data, measure_normalization
+    from utils.data.loader import Batches
+    from utils.training.loop import cross_entropy, train_one_epoch
 
     data = load_data(Namespace(dataset="folder", data_dir=tiny_folder, image_size=None, val_size=None))
     normalization = measure_normalization(data)

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from models import MobileNetV2, MobileNetV2Quantization
+from models.statistics import model_statistics, prunable_layers
+from utils.checkpoints.weights import Weights, load_weights, save_weights
 from utils.evaluation import Evaluation
-from utils.model_statistics import model_statistics, prunable_layers
-from utils.scanning_log import ScanningLog
-from utils.sensitivity import scan_plan
-from utils.sparsity_dict import READ_ONLY_COLUMNS, describe_layers, read_sparsity_dict
-from utils.weights import Weights, load_weights, save_weights
+from utils.pruning.scanning_log import ScanningLog
+from utils.pruning.sensitivity import scan_plan
+from utils.pruning.sparsity_dict import READ_ONLY_COLUMNS, describe_layers, read_sparsity_dict
 
 SCRIPT = "scripts/allocate_sparsity.py"
 

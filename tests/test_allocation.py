@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import MobileNetV2
-from utils.allocation import (
+from models.statistics import LayerStatistics, model_statistics, prunable_layers
+from utils.common.errors import UserError
+from utils.pruning.allocation import (
     METHODS,
     Limits,
     allocate,
@@ -27,10 +29,8 @@ from utils.allocation import (
     uniform,
     weight_budget,
 )
-from utils.errors import UserError
-from utils.model_statistics import LayerStatistics, model_statistics, prunable_layers
-from utils.pruner import FineGrainedPruner, kept_count, magnitude_mask
-from utils.scanning_log import Measurement
+from utils.pruning.pruner import FineGrainedPruner, kept_count, magnitude_mask
+from utils.pruning.scanning_log import Measurement
 
 
 def trained_like_model() -> MobileNetV2:

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from utils.batches import (
+from utils.data.datasets import Normalization, Split
+from utils.data.loader import (
     AUGMENTATIONS,
     CROP_PADDING,
     TRIVIALAUGMENT_GROUP,
@@ -14,7 +15,6 @@ from utils.batches import (
     augment_images,
     normalize,
 )
-from utils.data import Normalization, Split
 
 NORMALIZATION = Normalization((0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
 IDENTITY = Normalization((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))
@@ -98,7 +98,7 @@ def test_a_flip_mirrors_half_of_the_images_and_moves_none():
 
 @pytest.mark.parametrize("size", [1, 5, 8])
 def test_cutout_zeroes_one_square_clipped_at_the_edge(size, monkeypatch):
-    monkeypatch.setattr("utils.batches.CROP_PADDING", 0)
+    monkeypatch.setattr("utils.data.loader.CROP_PADDING", 0)
     white = torch.full((4000, 3, SIDE, SIDE), 255, dtype=torch.uint8)
     cut = augment_images(white, "crop_flip_cutout", size, seeded())
     assert torch.equal(cut.unique(), torch.tensor([0, 255], dtype=torch.uint8))

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from models import MobileNetV2
-from utils.model_files import open_model
-from utils.torchscript import ScriptMetadata, save_torchscript, to_torchscript
-from utils.weights import Weights, load_weights, save_weights
+from utils.checkpoints.weights import Weights, load_weights, save_weights
+from utils.deployment.torchscript import ScriptMetadata, save_torchscript, to_torchscript
+from utils.open_model import open_model
 
 NUMBERS = [
     "size_mb",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from utils import cli, errors
+from utils.common import cli, errors
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDERS = (REPOSITORY, REPOSITORY / "scripts", REPOSITORY / "benchmarks")
@@ -135,7 +135,7 @@ def run_python(code: str, **kwargs) -> subprocess.Popen:
 
 
 def test_a_reader_that_goes_away_is_no_error_to_complain_about():
-    code = "from utils import errors; errors.run(lambda: [print(i) for i in range(100000)])"
+    code = "from utils.common import errors; errors.run(lambda: [print(i) for i in range(100000)])"
     process = run_python(code)
     assert process.stdout.readline() == "0\n"
     process.stdout.close()
@@ -144,7 +144,7 @@ def test_a_reader_that_goes_away_is_no_error_to_complain_about():
 
 
 def test_a_reader_that_goes_away_before_the_last_lines():
-    code = "from utils import errors; errors.run(lambda: print(input()))"
+    code = "from utils.common import errors; errors.run(lambda: print(input()))"
     # Buffered, so few lines are written only when the script ends.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     process = run_python(code, stdin=subprocess.PIPE, env=environment)
@@ -158,7 +158,7 @@ def test_a_reader_that_goes_away_before_the_last_lines():
 def test_sigterm_ends_a_script_as_ctrl_c_does(tmp_path):
     target = tmp_path / "file"
     code = (
-        "import sys, time; from utils import errors, files\n"
+        "import sys, time; from utils.common import errors, files\n"
         "def main():\n"
         f"    with files.atomic_write({str(target)!r}) as path:\n"
         "        path.write_text('half'); print('writing', flush=True); time.sleep(60)\n"

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from utils.compilation import check_compiler, compiled
-from utils.errors import UserError
+from utils.common.errors import UserError
+from utils.training.compilation import check_compiler, compiled
 
 CPU = torch.device("cpu")
 

@@ -19,9 +19,17 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, ImageFolder
 
 from tests.conftest import write_image
-from utils import cifar10, image_folder
-from utils.data import ImageData, Split, default_val_size, load_data, measure_normalization, stratified_split
-from utils.errors import UserError
+from utils.common.errors import UserError
+from utils.data.datasets import (
+    ImageData,
+    Split,
+    cifar10,
+    default_val_size,
+    image_folder,
+    load_data,
+    measure_normalization,
+    stratified_split,
+)
 
 
 def arguments(dataset, data_dir="data", image_size=None, val_size=None):

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from quantization_aware_training import DEVICES as QAT_DEVICES
-from utils import training_kernels
-from utils.devices import DEVICES, choose_device, device_of, on_device
-from utils.errors import UserError
+from utils.common.devices import DEVICES, choose_device, device_of, on_device
+from utils.common.errors import UserError
+from utils.training.kernels import build
+from utils.training.precision import check_amp
 
 
 @pytest.fixture
@@ -52,21 +53,25 @@ def test_the_device_is_what_is_asked_for_or_the_best_there_is(machine, gpus, ask
         ({}, {"device": "cuda"}, "--device cuda is not there: use one of cpu, or auto"),
         ({"cuda": 1}, {"device": "mps"}, "--device mps is not there: use one of cuda, cpu, or auto"),
         ({"cuda": 2, "local_rank": 2}, {"device": "auto"}, "process 2 finds 2 GPUs"),
-        ({}, {"device": "auto", "amp": True}, "--amp on a CPU needs one that computes with bfloat16"),
-        ({"cuda": 1}, {"device": "cpu", "amp": True}, "--amp on a CPU needs one"),
     ],
 )
 def test_a_device_that_is_not_there_is_refused(machine, monkeypatch, gpus, args, says):
     machine(**gpus)
-    monkeypatch.setattr(training_kernels, "available", lambda: False)
     with pytest.raises(UserError, match=says):
         choose_device(Namespace(**args))
 
 
-def test_a_cpu_trains_in_bfloat16_where_that_is_fast(machine, monkeypatch):
-    machine()
-    monkeypatch.setattr("utils.devices.is_fast_in_bfloat16", lambda: True)
-    assert choose_device(Namespace(device="auto", amp=True)).type == "cpu"
+def test_amp_on_a_cpu_that_is_slow_in_bfloat16_is_refused(monkeypatch):
+    monkeypatch.setattr(build, "available", lambda: False)
+    with pytest.raises(UserError, match="--amp on a CPU needs one that computes with bfloat16"):
+        check_amp(Namespace(amp=True), torch.device("cpu"))
+    check_amp(Namespace(amp=False), torch.device("cpu"))
+    check_amp(Namespace(amp=True), torch.device("cuda"))
+
+
+def test_a_cpu_trains_in_bfloat16_where_that_is_fast(monkeypatch):
+    monkeypatch.setattr("utils.training.precision.is_fast_in_bfloat16", lambda: True)
+    check_amp(Namespace(amp=True), torch.device("cpu"))
 
 
 def test_batches_go_where_the_model_is():

@@ -10,10 +10,11 @@ from torch import nn
 
 from models import MobileNetV2Quantization
 from tests import script_process
-from utils import distributed
-from utils.fast_training import use_fast_layers
-from utils.quantization import calibrate_qat, convert_qat, int8_parameters, prepare_qat
-from utils.torchscript import load_torchscript
+from utils.common import distributed
+from utils.deployment.torchscript import load_torchscript
+from utils.quantization.eager import calibrate_qat, convert_qat, int8_parameters, prepare_qat
+from utils.training import parallel
+from utils.training.kernels.layers import use_fast_layers
 
 
 def free_port() -> int:
@@ -62,7 +63,7 @@ def network() -> nn.Module:
 
 def train_three_steps(_rank: int = 0, model: nn.Module | None = None) -> dict:
     model = (model or network()).train()
-    called = distributed.parallelize(model)
+    called = parallel.parallelize(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     torch.manual_seed(1)
     images, labels = torch.randn(3, 8, 3, 8, 8) + 5, torch.randint(2, (3, 8))
@@ -116,7 +117,7 @@ def train_a_step_with_rounding(_rank: int = 0) -> dict:
         model(images[1])
     model = prepare_qat(model)
     calibrate_qat(model, [(images[1], labels[1])])
-    called = distributed.parallelize(model.train())
+    called = parallel.parallelize(model.train())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     torch.manual_seed(2)
     logits = called(distributed.share(images[0]))
@@ -140,7 +141,7 @@ def test_two_processes_train_with_rounding_as_one_does():
 
 def test_one_process_notices_nothing():
     model = network()
-    assert distributed.parallelize(model) is model
+    assert parallel.parallelize(model) is model
     assert type(model[1]) is nn.BatchNorm2d
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
     batch = torch.arange(5)

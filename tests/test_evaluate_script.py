@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from models import MobileNetV2, MobileNetV2Quantization
-from utils.batches import normalize
-from utils.data import load_data, measure_normalization
-from utils.model_statistics import model_statistics
-from utils.weights import Weights, load_weights, save_weights
+from models.statistics import model_statistics
+from utils.checkpoints.weights import Weights, load_weights, save_weights
+from utils.data.datasets import load_data, measure_normalization
+from utils.data.loader import normalize
 
 CLASSES = ("blue", "green", "red")
 

@@ -8,14 +8,21 @@ import torch
 
 from models import MobileNetV2Quantization
 from tests.conftest import REPOSITORY, TINY_CLASSES
-from utils import quantization
-from utils.batches import Batches
-from utils.data import load_data
-from utils.deployment import deploy
-from utils.errors import UserError
-from utils.model_files import open_model
-from utils.onnx_export import Difference, check_difference, compare_logits, logit_step, start_session, to_onnx
-from utils.weights import load_weights, save_weights
+from utils.checkpoints.weights import load_weights, save_weights
+from utils.common.errors import UserError
+from utils.data.datasets import load_data
+from utils.data.loader import Batches
+from utils.deployment.comparison import deploy
+from utils.deployment.onnx import (
+    Difference,
+    check_difference,
+    compare_logits,
+    logit_step,
+    start_session,
+    to_onnx,
+)
+from utils.open_model import open_model
+from utils.quantization import eager as quantization
 
 SCRIPT = "scripts/export_onnx.py"
 
@@ -232,7 +239,7 @@ def wrapped(tmp_path, *lines: str):
 def test_a_file_that_does_not_give_our_outputs_is_not_written(onnx, export, pruned_weights, tmp_path):
     spoilt = wrapped(
         tmp_path,
-        "from utils import onnx_export",
+        "from utils.deployment import onnx as onnx_export",
         "builder = onnx_export._GraphBuilder",
         "plain = builder.float_weight",
         "builder.float_weight = lambda self, weight, bias: plain(self, weight, bias + 0.1)",

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from models import MobileNetV2
-from utils import training_kernels
-from utils.fast_training import (
+from utils.training.kernels import build as training_kernels
+from utils.training.kernels.layers import (
     AbsorbedReLU6,
     DepthwiseConv2d,
     FusedBatchNorm2d,

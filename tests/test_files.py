@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from utils.errors import UserError
-from utils.files import atomic_write, check_input, check_output, file_size_mb, save_torch
+from utils.common.errors import UserError
+from utils.common.files import atomic_write, check_input, check_output, file_size_mb, save_torch
 
 OLD = "what stood there"
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from utils import latency
-from utils.latency import Latency, measure_fastest_forms, measure_latency
+from utils.deployment import latency
+from utils.deployment.latency import Latency, measure_fastest_forms, measure_latency
 
 INPUTS = torch.zeros(4, 3, 8, 8)
 

@@ -3,7 +3,7 @@ import torch
 import torchvision
 
 from models import MobileNetV2
-from utils.model_statistics import count_macs
+from models.statistics import count_macs
 
 PARAMETERS = 2_236_682
 # The last map is 1x1, 2x2 and 4x4 for images of 32x32.

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from models import MobileNetV2
-from utils.model_statistics import count_macs, model_statistics, prunable_layers
+from models.statistics import count_macs, model_statistics, prunable_layers
 
 
 def test_prunable_layers_are_all_convolutions_and_linears_in_forward_order():

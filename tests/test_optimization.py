@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from models import MobileNetV2
-from utils.muon import orthogonalize
-from utils.optimization import build_optimizer, build_scheduler
+from utils.training.muon import orthogonalize
+from utils.training.optimization import build_optimizer, build_scheduler
 
 ARGS = Namespace(optimizer="muon", lr=0.2, muon_lr=0.05, weight_decay=5e-4, scheduler="one_cycle")
 

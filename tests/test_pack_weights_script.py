@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from tests.conftest import TINY_CLASSES
-from utils.files import BYTES_PER_MB
-from utils.packing_format import PackedFile
-from utils.weights import load_weights
+from utils.checkpoints.weights import load_weights
+from utils.common.files import BYTES_PER_MB
+from utils.packing.format import PackedFile
 
 SCRIPT = "scripts/pack_weights.py"
 

@@ -17,18 +17,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import MobileNetV2
+from models.statistics import prunable_layers
 from tests.test_packing_codecs import tensors
-from utils import packing_float, packing_int8, quantization
-from utils.errors import UserError
-from utils.model_files import open_model
-from utils.model_statistics import prunable_layers
-from utils.packing import KINDS, check_same, encode, open_source, packed_sizes
-from utils.packing_container import HEADER, npy_header
-from utils.packing_format import STREAMS, PackedFile, Slot, is_packed
-from utils.packing_format import encode as encode_tensors
-from utils.packing_int8 import load_int8
-from utils.torchscript import ScriptMetadata, load_torchscript, to_torchscript
-from utils.weights import MOBILENETV2_KINDS, load_weights, save_weights
+from utils.checkpoints.weights import MOBILENETV2_KINDS, load_weights, save_weights
+from utils.common.errors import UserError
+from utils.deployment.torchscript import ScriptMetadata, load_torchscript, to_torchscript
+from utils.open_model import open_model
+from utils.packing import float_weights as packing_float
+from utils.packing import int8_weights as packing_int8
+from utils.packing.container import HEADER, npy_header
+from utils.packing.format import STREAMS, PackedFile, Slot, is_packed
+from utils.packing.format import encode as encode_tensors
+from utils.packing.int8_weights import load_int8
+from utils.packing.pack import KINDS, check_same, encode, open_source, packed_sizes
+from utils.quantization import eager as quantization
 
 INT8_VARIANTS = ("ptq_per_tensor", "ptq_per_channel")
 
@@ -212,7 +214,7 @@ def test_fewer_bits_take_fewer_bytes_and_come_back_bit_for_bit(tiny_qmodel, tiny
 
 
 def test_a_reader_of_numpy_and_json_alone(packed, tiny_scripted):
-    """What the docstring of utils/packing_format.py says is enough to read the weights."""
+    """What the docstring of utils/packing/format.py says is enough to read the weights."""
     with np.load(packed["ptq_per_channel"]) as archive:
         header = json.loads(archive["header.json"])
         bits = np.unpackbits(archive["mask"]) if "mask" in archive else None

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.packing_codecs import (
+from utils.packing.codecs import (
     DENSE,
     GAPS,
     MASK,

@@ -10,9 +10,9 @@ import zlib
 import numpy as np
 import pytest
 
-from utils import packing_container
-from utils.errors import UserError
-from utils.packing_container import HEADER, Archive, compress, pack_archive
+from utils.common.errors import UserError
+from utils.packing import container as packing_container
+from utils.packing.container import HEADER, Archive, compress, pack_archive
 
 
 @pytest.fixture

@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 
 from models import MobileNetV2, MobileNetV2Quantization
-from utils.allocation import folded_weights
+from models.statistics import LAYER_KINDS, layer_kind, model_statistics, prunable_layers
+from utils.checkpoints.weights import Weights, load_weights, save_weights
 from utils.layer_weights import file_bytes, has_batch_norms, layer_weights
-from utils.model_files import open_model
-from utils.model_statistics import model_statistics, prunable_layers
-from utils.packing import encode, open_source
-from utils.plots import KINDS, layer_kind, plot_model
-from utils.pruner import FineGrainedPruner
-from utils.weights import Weights, load_weights, save_weights
+from utils.open_model import open_model
+from utils.packing.pack import encode, open_source
+from utils.plots import plot_model
+from utils.pruning.allocation import folded_weights
+from utils.pruning.pruner import FineGrainedPruner
 
 SCRIPT = "scripts/plot_model.py"
 
@@ -180,7 +180,7 @@ def test_what_is_drawn(figure, pruned, tiny_weights):
     ]
     assert [bar.get_height() for bar in size.patches[:106]] == [*range(53), *range(1, 54)]
     assert [bar.get_width() for bar in totals.patches] == [sum(range(53)), sum(range(1, 54)), 2]
-    for panel, kind in zip(panels, KINDS, strict=True):
+    for panel, kind in zip(panels, LAYER_KINDS, strict=True):
         total = sum(weight.size for name, weight in before.items() if layer_kind(name, weight.shape) == kind)
         assert f"{kind}: {total:,}" in panel.get_title()
         assert "before: 100.0 % not zero (grey)" in panel.get_xlabel()

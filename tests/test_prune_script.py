@@ -10,15 +10,15 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from models import MobileNetV2
+from models.statistics import prunable_layers
 from tests import script_process
 from tests.conftest import TINY_CLASSES
-from utils.data import Normalization
-from utils.distillation import distillation
-from utils.model_statistics import prunable_layers
-from utils.pruner import kept_count
-from utils.sparsity_dict import read_sparsity_dict
-from utils.training import cross_entropy
-from utils.weights import Weights, load_weights, save_weights
+from utils.checkpoints.weights import Weights, load_weights, save_weights
+from utils.data.datasets import Normalization
+from utils.pruning.pruner import kept_count
+from utils.pruning.sparsity_dict import read_sparsity_dict
+from utils.training.distillation import distillation
+from utils.training.loop import cross_entropy
 
 FAST = ("--batch_size", 32, "--threads", 1)
 
@@ -105,7 +105,7 @@ def test_pruning_alone(prune, mixed, tiny_weights, tmp_path):
 
 def test_the_published_size_by_nonzeros():
     """27.10 % of 8.53 MB is 2.31 MB."""
-    from utils.model_statistics import ModelStatistics
+    from models.statistics import ModelStatistics
 
     statistics = ModelStatistics(2_236_682, round(0.2710 * 2_236_682), 0, ())
     assert f"{100 * statistics.density:.2f} {statistics.nonzero_size_mb:.2f}" == "27.10 2.31"
@@ -180,8 +180,8 @@ def test_a_csv_that_changed_before_resuming_is_noticed(prune, mixed, tiny_weight
     prune(path, output, "--epochs", 2, "--lr", 1e-3)
     # As an interrupted run would leave it: the checkpoint of its start.
     from prune import get_args_parser, recover
-    from utils.data import load_data
-    from utils.weights import complete
+    from utils.checkpoints.weights import complete
+    from utils.data.datasets import load_data
 
     data = torch.load(output, weights_only=True)["arguments"]["data_dir"]
     argv = ["--dataset", "folder", "--data_dir", data, *map(str, FAST), "--weights", str(tiny_weights)]

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn.utils import prune
 
 from models import MobileNetV2
-from utils.errors import UserError
-from utils.model_statistics import prunable_layers
-from utils.optimization import ExponentialMovingAverage, build_optimizer
-from utils.pruner import CubicRamp, FineGrainedPruner, kept_count, magnitude_mask
+from models.statistics import prunable_layers
+from utils.common.errors import UserError
+from utils.pruning.pruner import CubicRamp, FineGrainedPruner, kept_count, magnitude_mask
+from utils.training.optimization import ExponentialMovingAverage, build_optimizer
 
 
 def small_model(seed: int = 0) -> MobileNetV2:

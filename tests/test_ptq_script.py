@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from models import MobileNetV2, MobileNetV2Quantization
+from models.statistics import prunable_layers
 from tests.conftest import TINY_CLASSES
-from utils.files import file_size_mb
-from utils.model_statistics import prunable_layers
-from utils.pruner import FineGrainedPruner
-from utils.torchscript import load_torchscript
-from utils.weights import load_weights, save_weights
+from utils.checkpoints.weights import load_weights, save_weights
+from utils.common.files import file_size_mb
+from utils.deployment.torchscript import load_torchscript
+from utils.pruning.pruner import FineGrainedPruner
 
 VARIANTS = ("float", "ptq_per_tensor", "ptq_per_channel")
 

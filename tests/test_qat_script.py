@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from models import MobileNetV2
+from models.statistics import prunable_layers
 from quantization_aware_training import freezing, get_args_parser
 from tests import script_process
 from tests.test_ptq_script import int8_layers
-from utils.files import file_size_mb
-from utils.model_statistics import prunable_layers
-from utils.pruner import FineGrainedPruner
-from utils.quantization import prepare_qat
-from utils.torchscript import load_torchscript
-from utils.weights import load_weights, save_weights
+from utils.checkpoints.weights import load_weights, save_weights
+from utils.common.files import file_size_mb
+from utils.deployment.torchscript import load_torchscript
+from utils.pruning.pruner import FineGrainedPruner
+from utils.quantization.eager import prepare_qat
 
 FAST = ("--threads", 1, "--latency_rounds", 3, "--batch_size", 27, "--lr", 0.002)
 

@@ -10,14 +10,15 @@ from torch import nn
 from torch.ao.quantization import FakeQuantize
 
 from models import MobileNetV2Quantization
-from utils.batches import Batches, normalize
-from utils.bias_correction import correct_biases
-from utils.data import load_data
-from utils.errors import UserError
+from models.statistics import prunable_layers
+from utils.checkpoints.weights import load_weights
+from utils.common.errors import UserError
+from utils.data.datasets import load_data
+from utils.data.loader import Batches, normalize
 from utils.evaluation import evaluate
-from utils.model_statistics import prunable_layers
-from utils.pruner import FineGrainedPruner
-from utils.quantization import (
+from utils.pruning.pruner import FineGrainedPruner
+from utils.quantization.bias_correction import correct_biases
+from utils.quantization.eager import (
     BIAS_UNITS_A_STEP,
     LARGEST_PAIR,
     WEIGHT_BITS,
@@ -40,7 +41,6 @@ from utils.quantization import (
     scale_of,
     use_engine,
 )
-from utils.weights import load_weights
 
 ENGINES = [e for e in torch.backends.quantized.supported_engines if e != "none"]
 ENGINE = "fbgemm" if "fbgemm" in ENGINES else "qnnpack"

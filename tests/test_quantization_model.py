@@ -6,8 +6,8 @@ import torchvision
 from torch import nn
 
 from models import MobileNetV2, MobileNetV2Quantization
-from utils.quantization import fold_batch_norms
-from utils.weights import Weights, load_weights, save_weights
+from utils.checkpoints.weights import Weights, load_weights, save_weights
+from utils.quantization.eager import fold_batch_norms
 
 
 def float_model(**kwargs) -> MobileNetV2:

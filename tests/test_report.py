@@ -8,10 +8,10 @@ from PIL import Image
 
 from benchmarks import runtimes
 from scripts.report import Results, fill
+from scripts.reporting import report_blocks
+from scripts.reporting.result_plots import training_curves
 from tests.test_results_table import evaluated, write
-from utils import report_blocks
-from utils.errors import UserError
-from utils.result_plots import training_curves
+from utils.common.errors import UserError
 
 RECORD = {
     "command": "python scripts/demo.py",

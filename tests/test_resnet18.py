@@ -4,7 +4,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from models import ResNet18
-from utils.model_statistics import count_macs
+from models.statistics import count_macs
 
 
 def torchvisions_with_a_small_stem() -> nn.Module:

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from utils.errors import UserError
-from utils.report_records import Results
-from utils.results_table import PUBLISHED, Table, results_table
+from scripts.reporting.report_records import Results
+from scripts.reporting.results_table import PUBLISHED, Table, results_table
+from utils.common.errors import UserError
 
 PUBLISHED_ROWS = [
     {"model": "float", "accuracy_pct": 80.07, "change_points": 0.0, "size_mb": 9.1, "density": 1.0,

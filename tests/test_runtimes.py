@@ -3,10 +3,10 @@ import re
 
 import pytest
 
+from benchmarks.vnni import peak_macs_per_s
+from models.statistics import count_macs
 from tests.conftest import REPOSITORY
-from utils.model_statistics import count_macs
-from utils.vnni import peak_macs_per_s
-from utils.weights import load_weights
+from utils.checkpoints.weights import load_weights
 
 SCRIPT = "benchmarks/runtimes.py"
 

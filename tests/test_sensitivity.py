@@ -15,19 +15,18 @@ from PIL import Image
 from torch.nn.utils import prune
 
 from models import MobileNetV2, MobileNetV2Quantization
+from models.statistics import LAYER_KINDS, layer_kind, model_statistics, prunable_layers
 from tests import script_process
 from tests.test_distributed import free_port
-from utils import prefix_evaluation
-from utils.batches import Batches
-from utils.data import Normalization, Split
-from utils.errors import UserError
+from utils.checkpoints.weights import Weights, load_weights, save_weights
+from utils.common.errors import UserError
+from utils.data.datasets import Normalization, Split
+from utils.data.loader import Batches
 from utils.evaluation import Evaluation, evaluate
-from utils.model_statistics import model_statistics, prunable_layers
-from utils.plots import KINDS, layer_kind
-from utils.scanning_log import COLUMNS, ScanningLog, read_recommended
-from utils.sensitivity import evaluate_with_pruned_layer, measure, pruned_layer, recommend, scan_plan
-from utils.sparsity_dict import READ_ONLY_COLUMNS, describe_layers, read_sparsity_dict
-from utils.weights import Weights, load_weights, save_weights
+from utils.pruning import prefix_evaluation
+from utils.pruning.scanning_log import COLUMNS, ScanningLog, read_recommended
+from utils.pruning.sensitivity import evaluate_with_pruned_layer, measure, pruned_layer, recommend, scan_plan
+from utils.pruning.sparsity_dict import READ_ONLY_COLUMNS, describe_layers, read_sparsity_dict
 
 SCAN = "scripts/sensitivity_scan.py"
 CONVERT = "scripts/scanning_log_to_sparsity_dict_template.py"
@@ -343,7 +342,7 @@ def test_a_full_disk_ends_in_one_line(tmp_path):
 
 
 def test_layers_are_told_apart_by_their_shapes():
-    counts = dict.fromkeys(KINDS, 0)
+    counts = dict.fromkeys(LAYER_KINDS, 0)
     for name, layer in prunable_layers(MobileNetV2()).items():
         counts[layer_kind(name, tuple(layer.weight.shape))] += 1
     assert list(counts.values()) == [17, 17, 17, 2]

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from tests.conftest import REPOSITORY
-from utils.model_files import open_model
-from utils.weights import load_weights
+from utils.checkpoints.weights import load_weights
+from utils.open_model import open_model
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 

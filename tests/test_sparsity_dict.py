@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import MobileNetV2
-from utils.errors import UserError
-from utils.model_statistics import LayerStatistics, prunable_layers
-from utils.sparsity_dict import describe_layers, read_sparsity_dict, write_sparsity_dict
+from models.statistics import LayerStatistics, prunable_layers
+from utils.common.errors import UserError
+from utils.pruning.sparsity_dict import describe_layers, read_sparsity_dict, write_sparsity_dict
 
 LAYERS = ("features.0.0", "features.1.conv.0.0", "classifier.1")
 GOOD = "layer,sparsity\nfeatures.0.0,1.0\nfeatures.1.conv.0.0,0.25\nclassifier.1,0\n"

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from utils import synthetic
-from utils.batches import Batches
-from utils.data import Normalization, Split
+from utils.data.datasets import Normalization, Split, synthetic
+from utils.data.loader import Batches
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-from utils.tables import format_table
+from utils.common.tables import format_table
 
 
 def test_numbers_stand_right_and_text_left():

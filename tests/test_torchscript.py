@@ -12,19 +12,11 @@ from torch import nn
 
 from models import MobileNetV2
 from tests.conftest import REPOSITORY
-from utils.batches import Batches
-from utils.data import Normalization, load_data
-from utils.errors import UserError
-from utils.quantization import (
-    calibrate,
-    calibrate_qat,
-    convert_qat,
-    fold_batch_norms,
-    post_training_quantize,
-    prepare_qat,
-    use_engine,
-)
-from utils.torchscript import (
+from utils.checkpoints.weights import load_weights
+from utils.common.errors import UserError
+from utils.data.datasets import Normalization, load_data
+from utils.data.loader import Batches
+from utils.deployment.torchscript import (
     FORMAT_VERSION,
     METADATA_FILE,
     ScriptMetadata,
@@ -35,7 +27,15 @@ from utils.torchscript import (
     save_torchscript,
     to_torchscript,
 )
-from utils.weights import load_weights
+from utils.quantization.eager import (
+    calibrate,
+    calibrate_qat,
+    convert_qat,
+    fold_batch_norms,
+    post_training_quantize,
+    prepare_qat,
+    use_engine,
+)
 
 ENGINE = "fbgemm" if "fbgemm" in torch.backends.quantized.supported_engines else "qnnpack"
 METADATA = ScriptMetadata(

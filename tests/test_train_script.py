@@ -12,10 +12,10 @@ from torch import nn
 from models import MobileNetV2
 from tests import script_process
 from tests.conftest import TINY_CLASSES
-from utils.distillation import Ensemble, load_teacher
-from utils.errors import UserError
-from utils.pretrained import load_pretrained
-from utils.weights import Weights, load_weights, save_weights
+from utils.checkpoints.foreign import load_pretrained
+from utils.checkpoints.weights import Weights, load_weights, save_weights
+from utils.common.errors import UserError
+from utils.training.distillation import Ensemble, load_teacher
 
 FAST = ("--width_mult", 0.1, "--output_stride", 32, "--batch_size", 32, "--threads", 1)
 

@@ -6,13 +6,13 @@ from torch import nn
 
 from models import MobileNetV2
 from train import get_args_parser, output_stride_by_epoch
-from utils.batches import Batches
-from utils.data import Normalization, Split
-from utils.errors import UserError
-from utils.fast_convolution import use_fast_convolutions
-from utils.fast_training import use_fast_layers
-from utils.optimization import ExponentialMovingAverage, build_optimizer, build_scheduler
-from utils.training import cross_entropy, train_one_epoch
+from utils.common.errors import UserError
+from utils.data.datasets import Normalization, Split
+from utils.data.loader import Batches
+from utils.training.kernels.convolution import use_fast_convolutions
+from utils.training.kernels.layers import use_fast_layers
+from utils.training.loop import cross_entropy, train_one_epoch
+from utils.training.optimization import ExponentialMovingAverage, build_optimizer, build_scheduler
 
 
 def options(*argv: str) -> Namespace:

@@ -12,9 +12,9 @@ import torch
 import torchvision
 
 from models import MobileNetV2
-from utils.data import ImageData, Normalization, Split
-from utils.errors import UserError
-from utils.weights import Weights, check_classes, load_weights, save_weights
+from utils.checkpoints.weights import Weights, check_classes, load_weights, save_weights
+from utils.common.errors import UserError
+from utils.data.datasets import ImageData, Normalization, Split
 
 
 @pytest.fixture

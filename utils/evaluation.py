@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from utils.batches import Batches
-from utils.devices import device_of, on_device
-from utils.distributed import sum_over_processes
+from utils.common.devices import device_of, on_device
+from utils.common.distributed import sum_over_processes
+from utils.data.loader import Batches
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from models import MobileNetV2
-from utils.allocation import folded_weights
-from utils.model_files import ModelFile
-from utils.model_statistics import prunable_layers
-from utils.packing import is_packed, packed_sizes
-from utils.torchscript import graph_operations
+from models.statistics import prunable_layers
+from utils.deployment.torchscript import graph_operations
+from utils.open_model import ModelFile
+from utils.packing.pack import is_packed, packed_sizes
+from utils.pruning.allocation import folded_weights
 
 WEIGHTED_OPERATIONS = ("quantized::conv2d", "quantized::linear", "aten::_convolution", "aten::linear")
 """Of a frozen TorchScript graph; the second argument holds the layer's weight."""

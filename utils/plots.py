@@ -6,13 +6,11 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from utils.files import atomic_write
-from utils.scanning_log import Measurement
+from models.statistics import LAYER_KINDS, layer_kind
+from utils.common.files import atomic_write
 
-MOST_SENSITIVE_NAMED = 3
-KINDS = ("expansion 1×1", "depthwise 3×3", "projection 1×1", "stem and classifier")
 # Told apart by the colour-blind: Okabe & Ito's colours for layers, Tol's muted ones for bytes.
-KIND_COLORS = dict(zip(KINDS, ("#0072B2", "#E69F00", "#009E73", "#CC79A7"), strict=True))
+KIND_COLORS = dict(zip(LAYER_KINDS, ("#0072B2", "#E69F00", "#009E73", "#CC79A7"), strict=True))
 BYTE_COLORS = {
     "values": "#332288",
     "positions": "#88CCEE",
@@ -25,75 +23,6 @@ BYTES_PER_KB = 2**10
 HISTOGRAM_BINS = 101
 OUTLIERS = 0.001
 """Fraction of the weights that a histogram may leave out at its ends."""
-
-
-def layer_kind(name: str, shape: Sequence[int]) -> str:
-    """Which part of MobileNetV2 a layer is, one of KINDS, told by its weight's shape."""
-    if len(shape) == 4 and shape[2:] == (1, 1):
-        return KINDS[0] if shape[0] > shape[1] else KINDS[2]
-    return KINDS[1] if len(shape) == 4 and shape[1] == 1 else KINDS[3]
-
-
-def plot_sensitivity(
-    path: str | os.PathLike,
-    rows: Sequence[Measurement],
-    shapes: dict[str, tuple[int, ...]],
-    dense_accuracy_pct: float,
-    threshold_pct: float,
-) -> None:
-    """Accuracy against the fraction kept, a curve a layer, as a PNG.
-
-    Layers of a kind share a panel and are coloured by depth; the most sensitive are named.
-
-    Args:
-        path: of the PNG.
-        rows: of a scan.
-        shapes: the weight's shape of each layer, in forward order.
-        dense_accuracy_pct: where every curve ends, with nothing pruned.
-        threshold_pct: drawn as a line.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    # A Figure without pyplot needs no display and leaves nothing global behind.
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    axes = dict(zip(KINDS, figure.subplots(2, 2, sharex=True, sharey=True).flat, strict=True))
-    depth = {name: index / max(1, len(shapes) - 1) for index, name in enumerate(shapes)}
-    lowest: dict[str, list[tuple[float, str]]] = {kind: [] for kind in KINDS}
-    for name, shape in shapes.items():
-        curve = sorted((row.keep_ratio, row.accuracy_pct) for row in rows if row.layer == name)
-        if not curve:
-            continue
-        kind = layer_kind(name, shape)
-        lowest[kind].append((curve[0][1], name))
-        if curve[-1][0] < 1:
-            curve.append((1.0, dense_accuracy_pct))
-        color = colormaps["viridis"](0.95 * depth[name])
-        axes[kind].plot(*zip(*curve, strict=True), marker="o", markersize=3, linewidth=1.2, color=color)
-    smallest = min(row.keep_ratio for row in rows)
-    for kind, axis in axes.items():
-        axis.axhline(threshold_pct, color="tab:red", linewidth=1, linestyle="--")
-        axis.set_title(f"{kind} ({len(lowest[kind])} layers)")
-        axis.grid(alpha=0.3)
-        named = sorted(lowest[kind])[:MOST_SENSITIVE_NAMED]
-        text = "\n".join(f"{accuracy_pct:.1f} %  {name}" for accuracy_pct, name in named)
-        axis.text(
-            0.98, 0.03, f"lowest at {smallest:g} kept:\n{text}", transform=axis.transAxes,
-            ha="right", va="bottom", fontsize=8, bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0},
-        )  # fmt: skip
-    figure.suptitle(
-        f"each layer pruned alone; unpruned {dense_accuracy_pct:.2f} %, threshold {threshold_pct:g} % dashed"
-    )
-    figure.supxlabel("sparsity: fraction of the layer's weights kept, all other layers whole")
-    figure.supylabel("accuracy %")
-    scale = figure.colorbar(_depth_scale(), ax=list(axes.values()), shrink=0.6, label="layer")
-    scale.set_ticks([0, 1], labels=["first", "last"])
-    with atomic_write(path) as temporary:
-        # The version in the file would make equal pictures differ.
-        figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
 
 
 def plot_model(
@@ -110,7 +39,7 @@ def plot_model(
         path: of the PNG.
         title: of the whole picture.
         weights: of each layer, in forward order.
-        sizes: rows `layer`, `kind` and `bytes`, as `utils.packing.packed_sizes` gives them.
+        sizes: rows `layer`, `kind` and `bytes`, as `utils.packing.pack.packed_sizes` gives them.
         histograms: by what to call them, one or two sets of weights by layer; of two, the first is
             the grey ground that the second is compared with.
         histogram_of: what the weights of the histograms are.
@@ -138,8 +67,8 @@ def plot_model(
     size.set_xticks(range(len(weights)), labels, rotation=90, fontsize=8)
     size.set_xlabel("layer, as in the CSV without “features.”; each shade is a block")
 
-    *panels, totals = lower.subplots(1, len(KINDS) + 1, width_ratios=[*[1] * len(KINDS), 1.15])
-    for panel, kind in zip(panels, KINDS, strict=True):
+    *panels, totals = lower.subplots(1, len(LAYER_KINDS) + 1, width_ratios=[*[1] * len(LAYER_KINDS), 1.15])
+    for panel, kind in zip(panels, LAYER_KINDS, strict=True):
         _plot_histogram(
             panel,
             kind,
@@ -239,9 +168,3 @@ def _mark_blocks(axis, names: Sequence[str]) -> None:
 
 def _say(kind: str) -> str:
     return {"batch_norm": "batch norms", "header": "header, other"}.get(kind, kind)
-
-
-def _depth_scale():
-    from matplotlib.cm import ScalarMappable
-
-    return ScalarMappable(cmap="viridis")

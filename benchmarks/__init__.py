@@ -1,0 +1,1 @@
+"""Our speed measured against the usual way, as ratios."""

@@ -1,0 +1,282 @@
+"""The one file that weights travel in, and the checks of what comes back."""
+
+import math
+import os
+import pickle
+import re
+import warnings
+import zipfile
+from argparse import Namespace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models import MobileNetV2, MobileNetV2Quantization, ResNet18
+from models.mobilenetv2 import OUTPUT_STRIDES
+from utils.common.errors import UserError, one_line
+from utils.common.files import check_input, save_torch
+from utils.common.runtime import plain, versions
+from utils.data.datasets import DEFAULT_IMAGE_SIZE, ImageData, Normalization, measure_normalization
+from utils.packing.float_weights import read_weights
+from utils.packing.format import is_packed
+
+FORMAT = "mobilenetv2-weights"
+FORMAT_VERSION = 1
+LARGEST_IMAGE_SIZE = 4096
+MODEL_CLASSES = {"float": MobileNetV2, "qmodel": MobileNetV2Quantization, "resnet18": ResNet18}
+SAY_KIND = {
+    "float": "float weights (dense or pruned)",
+    "qmodel": "a qmodel (written by scripts/to_qmodel_weights.py)",
+    "resnet18": "a ResNet-18 (written by train.py --model resnet18)",
+}
+MOBILENETV2_KINDS = ("float", "qmodel")
+ALL_KINDS = tuple(MODEL_CLASSES)
+# How torch.load names a class or a function that it refuses to call.
+NOT_PLAIN = re.compile("GLOBAL|allowlisted")
+
+
+@dataclass
+class Weights:
+    """A model with what must travel with it.
+
+    `kind` is "float" (MobileNetV2, dense or pruned), "qmodel" (MobileNetV2Quantization, still in
+    float, ready to be quantized) or "resnet18" (ResNet18, a teacher). A bare state_dict has no class
+    names and no normalization.
+    """
+
+    model: MobileNetV2 | ResNet18
+    kind: str = "float"
+    class_names: tuple[str, ...] | None = None
+    normalization: Normalization | None = None
+    image_size: int = DEFAULT_IMAGE_SIZE
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def save_weights(path: str | os.PathLike, weights: Weights, args: Namespace) -> None:
+    """Write weights, architecture, class names, normalization, metrics, arguments and versions."""
+    normalization = weights.normalization
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "kind": weights.kind,
+        "architecture": weights.model.architecture,
+        "state_dict": weights.model.state_dict(),
+        "class_names": plain(weights.class_names),
+        "normalization": plain(asdict(normalization)) if normalization else None,
+        "image_size": weights.image_size,
+        "metrics": plain(weights.metrics),
+        "arguments": plain(args),
+        "versions": versions(),
+    }
+    save_torch(path, content)
+
+
+def load_weights(
+    path: str | os.PathLike,
+    kinds: str | tuple[str, ...] = "float",
+    output_stride: int | None = None,
+) -> Weights:
+    """Rebuild the model from the file alone.
+
+    Args:
+        path: a file of `save_weights`, packed float weights, or a bare state_dict of torchvision's
+            MobileNetV2.
+        kinds: what the caller goes on with, one or several of MODEL_CLASSES.
+        output_stride: instead of the file's own; the weights do not depend on it.
+
+    Raises:
+        UserError: the file is missing, truncated, no weights, of another kind, or does not fit
+            the architecture.
+    """
+    path = check_input(path, "weights file")
+    kinds = (kinds,) if isinstance(kinds, str) else kinds
+    wanted = " or ".join(SAY_KIND[kind] for kind in kinds)
+    if is_packed(path):
+        content = {**read_weights(path), "format": FORMAT, "format_version": FORMAT_VERSION}
+    else:
+        content = read_pickle(path)
+    if "format" in content and content["format"] != FORMAT:
+        raise UserError(
+            f"{path} is a file of format {content['format']!r}, not weights: the checkpoint of an "
+            "unfinished run becomes weights when the run is resumed and ends"
+        )
+    if "format" not in content:
+        content = _from_bare_state_dict(path, content)
+        if kinds == ("qmodel",):
+            raise UserError(f"{path} is a bare state_dict, {wanted} is wanted: convert it first")
+    if content.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {content.get('format_version')!r}, this program reads "
+            f"{FORMAT_VERSION}: use the release that wrote it"
+        )
+    found = str(content.get("kind"))
+    if found not in SAY_KIND:
+        raise UserError(f"{path} is of the unknown kind {found!r}: use the release that wrote it")
+    if found not in kinds:
+        raise UserError(f"{path} is {SAY_KIND[found]}, {wanted} is wanted here")
+    return _rebuild(path, content, output_stride)
+
+
+def read_pickle(path: Path) -> dict[str, Any]:
+    """The dictionary in a file of torch.save, read without running any code that it may hold."""
+    if is_torchscript(path):
+        raise UserError(f"{path} is a TorchScript file: weights (.pth) are wanted here")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch.load raises whatever the broken part raises: zip, pickle, unicode, key errors.
+        if isinstance(error, pickle.UnpicklingError) and NOT_PLAIN.search(str(error)):
+            raise UserError(
+                f"{path} holds more than tensors and plain values and is not opened, since it "
+                "could run code: save its state_dict alone"
+            ) from error
+        raise UserError(
+            f"{path} is truncated, damaged or not a weights file: write or fetch it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not weights: save a state_dict")
+    # torch.load leaves the checksums unread. Foreign files may have been written without them.
+    if "format" in content and _is_damaged(path):
+        raise UserError(f"{path} is damaged (a checksum is wrong): write or fetch it again")
+    return content
+
+
+def _is_damaged(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is not None
+    except Exception:
+        return True
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether the file is an archive of torch.jit.save."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except Exception:
+        # A damaged archive raises many kinds of errors; what it is then, its reader says.
+        return False
+    return any("/code/" in name for name in names) and any(n.endswith("constants.pkl") for n in names)
+
+
+def check_classes(path: str | os.PathLike, class_names, num_classes: int, data: ImageData) -> None:
+    """Make sure that labels mean to the model what they mean to the images.
+
+    Raises:
+        UserError: the number of classes or their names differ.
+    """
+    if num_classes != len(data.class_names):
+        raise UserError(
+            f"{path} has {num_classes} classes, the images have {len(data.class_names)}: "
+            "give the data set that it was trained on"
+        )
+    if class_names is not None and tuple(class_names) != data.class_names:
+        pairs = zip(class_names, data.class_names, strict=True)
+        label, (ours, theirs) = next((i, p) for i, p in enumerate(pairs) if p[0] != p[1])
+        raise UserError(
+            f"{path} knows class {label} as {ours!r}, the images as {theirs!r}: "
+            "give the data set that it was trained on"
+        )
+
+
+def complete(path: str | os.PathLike, weights: Weights, data: ImageData) -> Weights:
+    """The weights, checked against the images that they are to be used on.
+
+    What a bare state_dict does not carry (class names, normalization) is taken from the images;
+    `image_size` is that of the images.
+
+    Raises:
+        UserError: as `check_classes`.
+    """
+    check_classes(path, weights.class_names, weights.model.architecture["num_classes"], data)
+    return replace(
+        weights,
+        class_names=data.class_names,
+        normalization=weights.normalization or measure_normalization(data),
+        image_size=data.test.images.shape[-1],
+    )
+
+
+def _from_bare_state_dict(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Read the architecture off the shapes."""
+    head, stem = content.get("classifier.1.weight"), content.get("features.0.0.weight")
+    if not (isinstance(head, Tensor) and isinstance(stem, Tensor) and head.ndim == 2 and stem.ndim == 4):
+        raise UserError(f"{path} is not MobileNetV2's: it has no classifier.1.weight and features.0.0.weight")
+    shapes = {name: value.shape for name, value in content.items() if isinstance(value, Tensor)}
+    # Channels are rounded to multiples of 8, so a few candidates tell the width multiplier.
+    for width_mult in (1.0, 1.4, 1.3, 0.75, 0.5, 0.35, 0.25, 0.1, 1.1, 1.2, 1.5, 1.75, 2.0):
+        with torch.device("meta"):
+            model = MobileNetV2(num_classes=head.shape[0], width_mult=width_mult)
+        if all(shapes.get(name) == value.shape for name, value in model.state_dict().items()):
+            return {
+                "format_version": FORMAT_VERSION,
+                "kind": "float",
+                "architecture": model.architecture,
+                "state_dict": content,
+            }
+    raise UserError(f"{path} has shapes of another architecture than MobileNetV2's")
+
+
+def _rebuild(path: Path, content: dict[str, Any], output_stride: int | None) -> Weights:
+    try:
+        architecture = dict(content["architecture"])
+        if output_stride is not None:
+            architecture["output_stride"] = output_stride
+        # On "meta" nothing is allocated, so a wrong width is found before it can fill the memory.
+        with torch.device("meta"):
+            model: nn.Module = MODEL_CLASSES[content["kind"]](**architecture)
+        state = content["state_dict"]
+        # Assigning keeps the file's dtypes, so check that they are the model's own.
+        for name, value in model.state_dict().items():
+            found = state.get(name)
+            if isinstance(found, Tensor) and (found.dtype, found.layout) != (value.dtype, value.layout):
+                raise TypeError(f"{name} is {found.dtype} ({found.layout}), not {value.dtype}")
+        # Copies, since tensors in a file may share their memory.
+        model.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        names, normalization = content.get("class_names"), content.get("normalization")
+        weights = Weights(
+            model=model.eval(),
+            kind=content["kind"],
+            class_names=tuple(map(str, names)) if names else None,
+            normalization=_normalization(normalization) if normalization else None,
+            image_size=int(content.get("image_size", DEFAULT_IMAGE_SIZE)),
+            metrics=dict(content.get("metrics", {})),
+        )
+        if not 1 <= weights.image_size <= LARGEST_IMAGE_SIZE:
+            raise ValueError(f"image_size is {weights.image_size}")
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+        model_name = MODEL_CLASSES[content["kind"]].__name__
+        raise UserError(f"{path} does not fit {model_name} ({one_line(error)[:200]})") from error
+    if weights.class_names and len(weights.class_names) != architecture["num_classes"]:
+        raise UserError(
+            f"{path} names {len(weights.class_names)} classes for {architecture['num_classes']} outputs"
+        )
+    for name, value in model.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise UserError(f"{path} holds NaN or infinity in {name}: the training had diverged")
+    return weights
+
+
+def _normalization(content: dict[str, Any]) -> Normalization:
+    mean, std = (tuple(map(float, content[name])) for name in ("mean", "std"))
+    if not (len(mean) == len(std) == 3 and all(map(math.isfinite, mean + std)) and min(std) > 0):
+        raise ValueError(f"the normalization {content} is not three means and three positive deviations")
+    return Normalization(mean, std)
+
+
+def add_output_stride_argument(parser) -> None:
+    """--output_stride, for files that carry none or to be run at another."""
+    parser.add_argument(
+        "--output_stride",
+        type=int,
+        choices=sorted(OUTPUT_STRIDES),
+        help="run the model at this stride (default: as in the weights file; 16 for a bare state_dict)",
+    )

@@ -1,0 +1,189 @@
+"""Reading CSV files that people edit: each mistake is named with its file, line and column."""
+
+import csv
+import difflib
+import io
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.common.errors import UserError
+from utils.common.files import atomic_write, check_input
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row below the header: its cells by column, and where it stands."""
+
+    path: Path
+    line: int
+    cells: dict[str, str]
+
+    def __getitem__(self, column: str) -> str:
+        return self.cells[column]
+
+    def error(self, column: str, message: str) -> UserError:
+        """The error to raise for what stands in a column."""
+        return UserError(f"{self.path} line {self.line}, column {column}: {message}")
+
+    def fraction(self, column: str, about: str) -> float:
+        """The number from 0 to 1 in a column.
+
+        Args:
+            about: what the row is for, as the message names it.
+
+        Raises:
+            UserError: it is not a number, or is outside [0, 1].
+        """
+        text = self[column]
+        where = f" for {about}"
+        if not text:
+            raise self.error(column, f"no number{where}: give one from 0 to 1")
+        if text.endswith("%"):
+            raise self.error(column, f"{text!r}{where} is in percent: write a fraction, such as 0.5 for 50%")
+        try:
+            # float() takes 1_000 as well, which no one means here.
+            value = float(text.replace("_", "?"))
+        except ValueError:
+            advice = "a decimal point, as in 0.5" if "," in text else "a number from 0 to 1"
+            raise self.error(column, f"{text!r}{where} is not a number: write {advice}") from None
+        if math.isnan(value):
+            raise self.error(column, f"NaN{where} is not a number from 0 to 1: write one")
+        if not 0 <= value <= 1:
+            raise self.error(column, f"{text}{where} is outside [0, 1]: write a fraction, such as 0.5")
+        return value
+
+    def whole_number(self, column: str) -> int:
+        """The whole number of at least 0 in a column.
+
+        Raises:
+            UserError: it is something else.
+        """
+        if not self[column].isdecimal():
+            raise self.error(column, f"{self[column]!r} is not a whole number of at least 0")
+        return int(self[column])
+
+    def number(self, column: str) -> float:
+        """The finite number in a column.
+
+        Raises:
+            UserError: it is something else.
+        """
+        try:
+            value = float(self[column])
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise self.error(column, f"{self[column]!r} is not a finite number")
+        return value
+
+
+def read_csv(path: str | os.PathLike, what: str, columns: Sequence[str], made_by: str) -> list[Row]:
+    """Read a file of at least one row, as `parse_csv`.
+
+    Args:
+        path: of the file.
+        what: what the file is called in messages.
+        columns: that must be there.
+        made_by: the script that writes such a file, for messages.
+
+    Raises:
+        UserError: the file is missing, empty, no text, or not a table with these columns.
+    """
+    text = read_text(path, what)
+    if not text.strip():
+        raise UserError(f"{path} is empty: make it again with {made_by}")
+    rows = parse_csv(path, text, columns, made_by)
+    if not rows:
+        raise UserError(f"{path} has a header and no rows: make it again with {made_by}")
+    return rows
+
+
+def read_text(path: str | os.PathLike, what: str) -> str:
+    """The text of a file, without the byte order mark that some programs put first.
+
+    Raises:
+        UserError: the file is missing or no text.
+    """
+    try:
+        return check_input(path, what).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8: save it as CSV (UTF-8)") from error
+
+
+def parse_csv(path: str | os.PathLike, text: str, columns: Sequence[str], made_by: str) -> list[Row]:
+    """The rows of a table that has at least `columns`; others and their order do not matter.
+
+    Windows line ends, spaces around cells and blank lines are accepted.
+
+    Args:
+        path: where the text was read.
+        text: of the whole file.
+        columns: that must be there.
+        made_by: the script that writes such a file, for messages.
+
+    Raises:
+        UserError: the text is not a table with these columns.
+    """
+    path = Path(path)
+    # Strict, or else a quote that is never closed would swallow the rest of the file.
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] | None = None
+    rows = []
+    try:
+        for cells in reader:
+            cells = [cell.strip() for cell in cells]
+            if not any(cells):
+                continue
+            if header is None:
+                header = cells
+                _check_header(path, header, columns, made_by)
+            elif len(cells) != len(header):
+                raise UserError(
+                    f"{path} line {reader.line_num} has {len(cells)} cells, the header has {len(header)}: "
+                    "separate cells by one comma, and write numbers with a decimal point, as in 0.5"
+                )
+            else:
+                rows.append(Row(path, reader.line_num, dict(zip(header, cells, strict=True))))
+    except csv.Error as error:
+        raise UserError(f"{path} line {reader.line_num} is not CSV ({error}): check its quotes") from error
+    return rows
+
+
+def write_csv(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a header and rows; numbers as Python writes them, so that none loses a digit.
+
+    Raises:
+        UserError: as `atomic_write`.
+    """
+    with atomic_write(path) as temporary:
+        temporary.write_text("".join(map(format_line, [columns, *rows])), encoding="utf-8")
+
+
+def format_line(cells: Sequence[object]) -> str:
+    """A line of a CSV file, with its end."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(cells)
+    return line.getvalue()
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """`: did you mean ...?` with the known name that is nearest, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def _check_header(path: Path, header: list[str], columns: Sequence[str], made_by: str) -> None:
+    for column in columns:
+        if header.count(column) > 1:
+            raise UserError(f"{path} has two columns {column}: remove one")
+        if column in header:
+            continue
+        if len(header) == 1 and any(separator in header[0] for separator in ";\t"):
+            raise UserError(f"{path} is not separated by commas: save it as CSV with commas")
+        raise UserError(
+            f"{path} has no column {column} (it has {', '.join(header)[:200]}): "
+            f"its first line is {','.join(columns)}, see {made_by}"
+        )

@@ -1,0 +1,126 @@
+"""One run over several processes, as torchrun starts them; a plain `python` call is one process.
+
+Every process holds the whole model and computes a slice of each batch. Batch norm and dropout see the
+whole batch, so that the same batch size trains the same model however many processes share it. Only
+the main process (rank 0) prints and writes.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from utils.common.errors import UserError
+
+# gloo and nccl raise plain RuntimeErrors.
+SIGNS_OF_A_LOST_PROCESS = ("gloo", "Connection closed", "Connection reset", "NCCL", "Broken pipe")
+
+
+def launched() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def start() -> None:
+    """Join the other processes, if there are any; all but the main one fall silent.
+
+    Raises:
+        UserError: the others cannot be reached.
+    """
+    if not launched() or dist.is_initialized():
+        return
+    try:
+        # Counts are summed up on the CPU, gradients where the model is.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the processes of this run cannot reach each other ({error})") from error
+    if not is_main():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  it stays open for the life of the process
+
+
+def rank() -> int:
+    """This process among the others, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def local_rank() -> int:
+    """This process among those on its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes share the run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    # With GPUs, torch's own barrier would take one, be it used or not.
+    sum_over_processes(torch.zeros(()))
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Let the main process run the block before the others do (a download, a cache)."""
+    if not is_main():
+        barrier()
+    try:
+        yield
+    finally:
+        if is_main():
+            barrier()
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes in the order of their ranks, on every process."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def max_over_processes(tensor: Tensor) -> Tensor:
+    """The greatest of the values of all processes, elementwise and in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
+def share(batch: Tensor) -> Tensor:
+    """This process's slice of a batch; slices differ by one at the most."""
+    return batch.tensor_split(world_size())[rank()]
+
+
+def is_lost_process(error: RuntimeError) -> bool:
+    """Whether a collective call failed because another process of the run has ended."""
+    return world_size() > 1 and any(sign in str(error) for sign in SIGNS_OF_A_LOST_PROCESS)
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Make sure that every process has the same weight in a training step.
+
+    Raises:
+        UserError: a batch cannot be shared out evenly.
+    """
+    if batch_size % world_size():
+        raise UserError(
+            f"--batch_size {batch_size} cannot be shared out among {world_size()} processes: give a multiple"
+        )

@@ -1,0 +1,21 @@
+"""Packages that only some scripts need, imported where they are used."""
+
+import importlib
+from types import ModuleType
+
+from utils.common.errors import UserError
+
+
+def import_optional(*names: str) -> tuple[ModuleType, ...]:
+    """The modules of these names.
+
+    Raises:
+        UserError: one of them is not installed.
+    """
+    try:
+        return tuple(importlib.import_module(name) for name in names)
+    except ImportError as error:
+        missing = (error.name or names[0]).split(".")[0]
+        raise UserError(
+            f"the package {missing} is not installed here: pip install -r requirements-benchmarks.txt"
+        ) from error

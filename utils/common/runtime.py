@@ -1,0 +1,120 @@
+"""What a run depends on besides its arguments: seed, threads, the allocator, versions, the CPU."""
+
+import ctypes
+import json
+import os
+import platform
+import random
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+
+from utils.common import distributed
+from utils.common.errors import UserError
+from utils.common.files import atomic_write, check_output
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # numbers in glibc's malloc.h
+
+
+def set_up(seed: int, threads: int | None, parallel: bool = False) -> None:
+    """Seed every generator, set the number of threads and keep freed memory in the process.
+
+    Args:
+        seed: of every random choice.
+        threads: of this process; None for torch's own choice.
+        parallel: whether the script can share its work with the other processes of torchrun.
+
+    Raises:
+        UserError: torchrun started several processes of a script that is made for one.
+    """
+    if parallel:
+        distributed.start()
+    elif distributed.launched():
+        raise UserError("this script runs as one process: start it with python instead of torchrun")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to reuse large blocks instead of returning them to the system.
+
+    By default every activation is mapped afresh and its pages are faulted in again at each step,
+    which takes almost half of a training step on a CPU. Other C libraries are left as they are.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    # Blocks of any size come from the heap (glibc caps the mmap threshold at 32 MiB, an activation
+    # is often larger), the heap grows in large steps and is never trimmed.
+    for parameter, value in ((M_MMAP_MAX, 0), (M_TOP_PAD, 2**28), (M_TRIM_THRESHOLD, -1)):
+        libc.mallopt(parameter, value)
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("model name", "Model")):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # a class of its own, which torch.load refuses
+        "torchvision": str(torchvision.__version__),
+        "numpy": np.__version__,
+    }
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON and `torch.load(weights_only=True)` take it."""
+    if isinstance(value, Namespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items() if not callable(v)}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, os.PathLike):
+        return str(value)
+    return value
+
+
+def check_record(args: Namespace) -> None:
+    """Check --record, if it is given, before the work starts.
+
+    Raises:
+        UserError: the file exists and --force is off, or it cannot be written.
+    """
+    if args.record:
+        check_output(args.record, force=args.force)
+
+
+def write_record(path: str | os.PathLike, args: Namespace, results: dict[str, Any]) -> None:
+    """Write measured numbers as JSON, beside the command, its arguments, versions and CPU."""
+    record = {
+        "command": " ".join(["python", *sys.argv]),
+        "arguments": plain(args),
+        "versions": versions(),
+        "cpu": cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "results": plain(results),
+    }
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""Images in memory: data sets, splits, augmentation, the loader."""

@@ -1,0 +1,154 @@
+"""The three sources of images, each ending as one uint8 tensor a split held in memory."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.common.distributed import main_first
+from utils.common.errors import UserError
+from utils.data import cifar10, image_folder, synthetic
+from utils.data.image_folder import LabelledImages
+
+LARGE_TRAIN_SPLIT = 50_000
+VAL_SIZE_OF_LARGE = 5_000
+VAL_FRACTION_OF_SMALL = 0.1
+# Not --seed: weights of one seed must never have seen the val images of another.
+VAL_SPLIT_SEED = 20180113
+DEFAULT_IMAGE_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (N, 3, H, W) uint8, channels last in memory, and labels (N,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: Tensor) -> "Split":
+        """The images at `indices`, in that order."""
+        # (N, H, W, 3) is the layout in memory, so rows are copied as they lie.
+        images = self.images.permute(0, 2, 3, 1)[indices].permute(0, 3, 1, 2)
+        return Split(images, self.labels[indices])
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Channel means and standard deviations as fractions of 255."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """The three splits of a data set and the names of its classes, in label order."""
+
+    train: Split
+    val: Split
+    test: Split
+    class_names: tuple[str, ...]
+
+    def split(self, name: str) -> Split:
+        """`train`, `val` or `test`; an empty split is the user's error.
+
+        Raises:
+            UserError: the split holds no images.
+        """
+        split: Split = getattr(self, name)
+        if not len(split):
+            raise UserError(f"the {name} split holds no images: give a larger --val_size")
+        return split
+
+
+def load_data(args: Namespace, image_size: int | None = None) -> ImageData:
+    """Load what --dataset, --data_dir, --image_size and --val_size name.
+
+    Args:
+        image_size: the side in pixels that a model was trained at; --image_size wins over it.
+
+    Raises:
+        UserError: the images are missing, unreadable or do not make a data set.
+    """
+    side = args.image_size or image_size or DEFAULT_IMAGE_SIZE
+    with main_first():
+        train, test, class_names = _load_source(args.dataset, Path(args.data_dir), side)
+    train_split, test_split = _as_split(*train), _as_split(*test)
+    val_size = args.val_size
+    if val_size is None:
+        val_size = default_val_size(len(train_split))
+    if val_size >= len(train_split):
+        raise UserError(f"--val_size {val_size} leaves nothing of {len(train_split)} training images")
+    train_indices, val_indices = stratified_split(train_split.labels, val_size)
+    return ImageData(
+        train_split.subset(train_indices),
+        train_split.subset(val_indices),
+        test_split,
+        tuple(class_names),
+    )
+
+
+def _load_source(
+    dataset: str, data_dir: Path, image_size: int
+) -> tuple[LabelledImages, LabelledImages, list[str]]:
+    if dataset == "folder":
+        return image_folder.load(data_dir, image_size)
+    if image_size != DEFAULT_IMAGE_SIZE:
+        raise UserError(
+            f"--image_size {image_size} goes with --dataset folder: "
+            f"{dataset} has images of {DEFAULT_IMAGE_SIZE} pixels"
+        )
+    load = cifar10.load if dataset == "cifar10" else synthetic.load
+    return load(data_dir)
+
+
+def measure_normalization(data: ImageData) -> Normalization:
+    """Means and standard deviations of the training images."""
+    pixels = data.train.images.permute(1, 0, 2, 3).reshape(3, -1)
+    # Exact and fast: 256 counts a channel tell all that a mean and a deviation need.
+    counts = np.stack([torch.bincount(channel, minlength=256).numpy() for channel in pixels])
+    values = np.arange(256) / 255
+    mean = (counts * values).sum(1) / counts.sum(1)
+    std = np.sqrt((counts * (values - mean[:, None]) ** 2).sum(1) / counts.sum(1))
+    # A channel of one colour has no deviation; 1/255 keeps the division finite.
+    std = np.maximum(std, 1 / 255)
+    return Normalization(tuple(mean.round(6).tolist()), tuple(std.round(6).tolist()))
+
+
+def default_val_size(train_size: int) -> int:
+    """5,000 images of a large training split, 10 % of a smaller one."""
+    if train_size >= LARGE_TRAIN_SPLIT:
+        return VAL_SIZE_OF_LARGE
+    return round(train_size * VAL_FRACTION_OF_SMALL)
+
+
+def stratified_split(labels: Tensor, val_size: int) -> tuple[Tensor, Tensor]:
+    """Indices of train and val, each class sharing in val by its size; the same at every call.
+
+    Classes are rounded down, and the images still missing go to the largest remainders.
+    """
+    generator = torch.Generator().manual_seed(VAL_SPLIT_SEED)
+    shares = torch.bincount(labels) * val_size  # times len(labels), to stay exact
+    val_sizes = shares // len(labels)
+    missing = val_size - int(val_sizes.sum())
+    val_sizes[torch.argsort(shares % len(labels), descending=True, stable=True)[:missing]] += 1
+    val = []
+    for label, size in enumerate(val_sizes.tolist()):
+        members = torch.nonzero(labels == label).flatten()
+        val.append(members[torch.randperm(len(members), generator=generator)[:size]])
+    # Mixed, so that the first few batches of val hold every class.
+    val_indices = torch.cat(val)[torch.randperm(val_size, generator=generator)]
+    is_train = torch.ones(len(labels), dtype=torch.bool)
+    is_train[val_indices] = False
+    return torch.nonzero(is_train).flatten(), val_indices
+
+
+def _as_split(images: Tensor, labels: Tensor) -> Split:
+    """From (N, H, W, 3) as images lie on disk to (N, 3, H, W), without a copy."""
+    return Split(images.permute(0, 3, 1, 2), labels)

@@ -1,0 +1,1 @@
+"""From int8 or float tensors to the smallest file, and back."""

@@ -1,0 +1,1 @@
+"""The CSV of sparsities, masks, budgets, and the sensitivity scan."""

@@ -1,0 +1,78 @@
+"""The picture of a sensitivity scan."""
+
+import os
+from collections.abc import Sequence
+
+from models.statistics import LAYER_KINDS, layer_kind
+from utils.common.files import atomic_write
+from utils.pruning.scanning_log import Measurement
+
+MOST_SENSITIVE_NAMED = 3
+
+
+def plot_sensitivity(
+    path: str | os.PathLike,
+    rows: Sequence[Measurement],
+    shapes: dict[str, tuple[int, ...]],
+    dense_accuracy_pct: float,
+    threshold_pct: float,
+) -> None:
+    """Accuracy against the fraction kept, a curve a layer, as a PNG.
+
+    Layers of a kind share a panel and are coloured by depth; the most sensitive are named.
+
+    Args:
+        path: of the PNG.
+        rows: of a scan.
+        shapes: the weight's shape of each layer, in forward order.
+        dense_accuracy_pct: where every curve ends, with nothing pruned.
+        threshold_pct: drawn as a line.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    # A Figure without pyplot needs no display and leaves nothing global behind.
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    axes = dict(zip(LAYER_KINDS, figure.subplots(2, 2, sharex=True, sharey=True).flat, strict=True))
+    depth = {name: index / max(1, len(shapes) - 1) for index, name in enumerate(shapes)}
+    lowest: dict[str, list[tuple[float, str]]] = {kind: [] for kind in LAYER_KINDS}
+    for name, shape in shapes.items():
+        curve = sorted((row.keep_ratio, row.accuracy_pct) for row in rows if row.layer == name)
+        if not curve:
+            continue
+        kind = layer_kind(name, shape)
+        lowest[kind].append((curve[0][1], name))
+        if curve[-1][0] < 1:
+            curve.append((1.0, dense_accuracy_pct))
+        color = colormaps["viridis"](0.95 * depth[name])
+        axes[kind].plot(*zip(*curve, strict=True), marker="o", markersize=3, linewidth=1.2, color=color)
+    smallest = min(row.keep_ratio for row in rows)
+    for kind, axis in axes.items():
+        axis.axhline(threshold_pct, color="tab:red", linewidth=1, linestyle="--")
+        axis.set_title(f"{kind} ({len(lowest[kind])} layers)")
+        axis.grid(alpha=0.3)
+        named = sorted(lowest[kind])[:MOST_SENSITIVE_NAMED]
+        text = "\n".join(f"{accuracy_pct:.1f} %  {name}" for accuracy_pct, name in named)
+        axis.text(
+            0.98, 0.03, f"lowest at {smallest:g} kept:\n{text}", transform=axis.transAxes,
+            ha="right", va="bottom", fontsize=8, bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0},
+        )  # fmt: skip
+    figure.suptitle(
+        f"each layer pruned alone; unpruned {dense_accuracy_pct:.2f} %, threshold {threshold_pct:g} % dashed"
+    )
+    figure.supxlabel("sparsity: fraction of the layer's weights kept, all other layers whole")
+    figure.supylabel("accuracy %")
+    scale = figure.colorbar(_depth_scale(), ax=list(axes.values()), shrink=0.6, label="layer")
+    scale.set_ticks([0, 1], labels=["first", "last"])
+    with atomic_write(path) as temporary:
+        # The version in the file would make equal pictures differ.
+        figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
+
+
+def _depth_scale():
+    from matplotlib.cm import ScalarMappable
+
+    return ScalarMappable(cmap="viridis")

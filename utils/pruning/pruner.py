@@ -1,0 +1,185 @@
+"""Fine-grained magnitude pruning: which weights of each layer are kept, and keeping the rest at zero.
+
+Han et al., 2015 (https://arxiv.org/abs/1506.02626): the weights of smallest magnitude go first.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.statistics import prunable_layers
+from utils.common.errors import UserError
+
+
+def kept_count(total: int, keep_ratio: float) -> int:
+    """How many of `total` weights stay; rounded as torch.nn.utils.prune rounds."""
+    return total - round((1 - keep_ratio) * total)
+
+
+def magnitude_mask(weight: Tensor, keep_ratio: float, among: Tensor | None = None) -> Tensor:
+    """Mask of the `kept_count` weights of largest magnitude; True is kept.
+
+    Of weights of equal magnitude the first (in the order of `weight.flatten()`) are kept.
+
+    Args:
+        weight: of any shape.
+        keep_ratio: fraction kept, in [0, 1].
+        among: mask of the same shape; what is False there goes before anything else.
+
+    Raises:
+        ValueError: the weights hold NaN, which has no magnitude.
+    """
+    magnitude = weight.detach().flatten().abs()
+    if magnitude.isnan().any():
+        raise ValueError("the weights hold NaN")
+    if among is not None:
+        magnitude = magnitude.masked_fill(~among.flatten(), -1.0)
+    order = magnitude.argsort(descending=True, stable=True)
+    mask = torch.zeros_like(magnitude, dtype=torch.bool)
+    mask[order[: kept_count(len(magnitude), keep_ratio)]] = True
+    return mask.view(weight.shape)
+
+
+@dataclass(frozen=True)
+class CubicRamp:
+    """Gradual pruning (Zhu & Gupta, 2017, https://arxiv.org/abs/1710.01878, equation 1).
+
+    The fraction pruned grows from what it is to its target over `steps` optimizer steps, fast at
+    first, while there is much to spare, and ever slower; masks are renewed every `every` steps.
+    """
+
+    steps: int
+    every: int
+
+    def keep_ratio(self, target: float, step: int, initial: float = 1.0) -> float:
+        """The fraction kept after `step` steps, `initial` at the start and `target` at the end."""
+        if step >= self.steps or initial <= target:
+            return target
+        return target + (initial - target) * (1 - step / self.steps) ** 3
+
+    def is_due(self, step: int) -> bool:
+        """Whether masks are renewed after `step` steps."""
+        return step == self.steps or (step < self.steps and step % self.every == 0)
+
+
+class FineGrainedPruner:
+    """Keeps the weights of largest magnitude in each layer, and all others at exactly zero.
+
+    Whatever an optimizer does to a pruned weight (momentum, weight decay), `step` undoes; `apply`
+    does the same to a copy of the model, such as its moving average. Its state belongs in a
+    training run's checkpoint.
+
+    Args:
+        model: of float32 weights, which are pruned by `apply` and `step`, not yet by making the pruner.
+        keep_ratios: fraction of the weights that are kept, by layer; a layer that is not named is
+            not touched.
+        ramp: renews the masks while the model trains; without it they are final at once. A model that
+            is pruned already keeps its zeros, unless a layer has more than its ratio asks for.
+
+    Raises:
+        KeyError: a layer is not one of the model's convolutions and linear layers.
+        ValueError: a ratio is outside [0, 1].
+        UserError: weights are NaN.
+    """
+
+    def __init__(
+        self, model: nn.Module, keep_ratios: dict[str, float], ramp: CubicRamp | None = None
+    ) -> None:
+        layers = prunable_layers(model)
+        for name, keep_ratio in keep_ratios.items():
+            if name not in layers:
+                raise KeyError(f"the model has no prunable layer {name}")
+            if not 0 <= keep_ratio <= 1:
+                raise ValueError(f"the keep ratio of {name} is {keep_ratio}, outside [0, 1]")
+        self.model = model
+        self.keep_ratios = dict(keep_ratios)
+        self.ramp = ramp
+        self.steps = 0
+        self.masks = {name: torch.ones_like(layers[name].weight, dtype=torch.bool) for name in keep_ratios}
+        self._initial = {
+            name: int(layers[name].weight.count_nonzero()) / layers[name].weight.numel()
+            for name in keep_ratios
+        }
+        self._bits: dict[str, Tensor] = {}
+        self._renew_masks()
+
+    @classmethod
+    def from_zeros(cls, model: nn.Module) -> "FineGrainedPruner":
+        """A pruner that keeps the zeros that a pruned model already has."""
+        layers = prunable_layers(model)
+        pruner = cls(model, {})
+        pruner._set_masks({name: layer.weight.detach() != 0 for name, layer in layers.items()})
+        pruner.keep_ratios = {name: int(mask.sum()) / mask.numel() for name, mask in pruner.masks.items()}
+        return pruner
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module | None = None) -> None:
+        """Set the pruned weights of the model, or of another with layers of these names, to +0.0."""
+        model = self.model if model is None else model
+        for name, bits in self._bits.items():
+            # A product with the mask would leave -1.0 * 0 = -0.0 and NaN * 0 = NaN. Cleared bits are
+            # +0.0 whatever stood there, and much faster than masked_fill_.
+            model.get_submodule(name).weight.view(torch.int32).bitwise_and_(bits)
+
+    def step(self) -> None:
+        """Call after each optimizer step: renew the masks if the ramp says so, and apply them."""
+        self.steps += 1
+        if self.ramp is not None and self.ramp.is_due(self.steps):
+            self._renew_masks()
+        self.apply()
+
+    def kept(self) -> dict[str, int]:
+        """How many weights each layer keeps now."""
+        return {name: int(mask.sum()) for name, mask in self.masks.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps, masks, and where the ramp starts and ends."""
+        return {
+            "steps": self.steps,
+            "masks": dict(self.masks),
+            "initial": dict(self._initial),
+            "keep_ratios": dict(self.keep_ratios),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict` of a pruner with the same targets.
+
+        Raises:
+            UserError: the targets are others.
+            ValueError: the masks are those of another model.
+        """
+        if state["keep_ratios"] != self.keep_ratios:
+            raise UserError(
+                "the kept fractions of the layers are not those that the run began with: "
+                "give the same --sparsity_dict, or start again with --force"
+            )
+        masks = state["masks"]
+        if {name: mask.shape for name, mask in masks.items()} != {
+            name: mask.shape for name, mask in self.masks.items()
+        }:
+            raise ValueError("the masks are those of another model")
+        self.steps, self._initial = state["steps"], state["initial"]
+        self._set_masks(masks)
+
+    def _renew_masks(self) -> None:
+        masks = {}
+        for name, mask in self.masks.items():
+            keep_ratio = self.keep_ratios[name]
+            if self.ramp is not None:
+                keep_ratio = self.ramp.keep_ratio(keep_ratio, self.steps, self._initial[name])
+            weight = self.model.get_submodule(name).weight
+            try:
+                masks[name] = magnitude_mask(weight, keep_ratio, among=mask)
+            except ValueError as error:
+                raise UserError(f"{name} cannot be pruned, {error}: was --lr too high?") from error
+        self._set_masks(masks)
+
+    def _set_masks(self, masks: dict[str, Tensor]) -> None:
+        for name, mask in masks.items():
+            weight = self.model.get_submodule(name).weight
+            self.masks[name] = mask = mask.to(weight.device)
+            # All bits of a kept weight, none of a pruned one; laid out in memory as the weight is.
+            bits = torch.zeros_like(weight, dtype=torch.int32)
+            self._bits[name] = bits.masked_fill_(mask, -1)

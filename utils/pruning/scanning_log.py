@@ -1,0 +1,261 @@
+"""The CSV that a sensitivity scan writes a row at a time, and goes on with when it was interrupted.
+
+Columns: layer, sparsity (the fraction of weights KEPT), accuracy_pct, correct, total, loss (nats, to
+LOSS_DECIMALS, which the order of float additions does not reach);
+recommended_sparsity, filled in one row a layer: the first (smallest) sparsity that stays at or
+above the threshold, or 1.0 in the layer's last row if none does; shape, parameters and macs, which
+help decide; and scan_id, which tells the rows of one scan from those of another.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models import MobileNetV2
+from models.statistics import prunable_layers
+from utils.checkpoints.weights import Weights
+from utils.common import distributed
+from utils.common.csv_files import Row, format_line, parse_csv, read_csv, read_text, suggest, write_csv
+from utils.common.errors import UserError
+from utils.data.datasets import Split
+from utils.evaluation import Evaluation
+from utils.pruning.prefix_evaluation import LOSS_DECIMALS
+from utils.pruning.sensitivity import Point, recommend
+from utils.pruning.sparsity_dict import READ_ONLY_COLUMNS
+
+MEASURED_COLUMNS = ("layer", "sparsity", "accuracy_pct", "correct", "total", "loss")
+COLUMNS = (*MEASURED_COLUMNS, "recommended_sparsity", *READ_ONLY_COLUMNS, "scan_id")
+MADE_BY = "scripts/sensitivity_scan.py"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A row: the accuracy and loss of the model with one layer pruned."""
+
+    layer: str
+    keep_ratio: float
+    correct: int
+    total: int
+    loss: float
+
+    @property
+    def accuracy_pct(self) -> float:
+        """Right answers in percent."""
+        return 100 * self.correct / self.total
+
+
+def scan_id(weights: Weights, split: Split) -> str:
+    """A fingerprint of all that a measured accuracy depends on."""
+    model = weights.model
+    digest = hashlib.sha256(json.dumps(model.architecture, sort_keys=True).encode())
+    digest.update(repr(weights.normalization).encode())
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(_bytes(value))
+    digest.update(_bytes(split.images.permute(0, 2, 3, 1)))
+    digest.update(_bytes(split.labels))
+    return digest.hexdigest()[:12]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().contiguous().view(-1).numpy().data.cast("B")
+
+
+class ScanningLog:
+    """The rows of one scan, in the order of its plan, on disk as soon as they are measured.
+
+    Every process of a run over several holds them; the main one reads and writes the file.
+
+    Args:
+        path: of the CSV.
+        plan: what the scan measures.
+        threshold_pct: accuracy in percent that a recommended sparsity keeps.
+        scan_id: as `scan_id` gives it.
+        descriptions: the cells of READ_ONLY_COLUMNS by layer.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        plan: Sequence[Point],
+        threshold_pct: float,
+        scan_id: str,
+        descriptions: dict[str, Sequence[object]],
+    ) -> None:
+        self.path = Path(path)
+        self.plan = list(plan)
+        self.threshold_pct = threshold_pct
+        self.scan_id = scan_id
+        self.descriptions = descriptions
+        self.rows: list[Measurement] = []
+
+    def start(self) -> None:
+        """Write the header, and the rows that `load` found; what stood in the file is replaced."""
+        if distributed.is_main():
+            write_csv(self.path, COLUMNS, [self._cells(index) for index in range(len(self.rows))])
+
+    def load(self) -> None:
+        """Take the rows of the same scan from the file; a last line that was cut off is left out.
+
+        Raises:
+            UserError: the file is no log, or that of another scan.
+        """
+        text = read_text(self.path, "scanning log")
+        # A row counts once its line has ended: a kill may leave half of one.
+        whole = text[: text.rfind("\n") + 1]
+        try:
+            if not whole.strip():
+                raise UserError("it has no header")
+            rows = parse_csv(self.path, whole, COLUMNS, MADE_BY)
+            self.rows = [_measurement(row) for row in rows]
+        except UserError as error:
+            raise UserError(
+                f"{self.path} exists and is not a log that the scan can go on with ({error}): "
+                "give another --o, or --force to replace it"
+            ) from error
+        other = None
+        if any(row["scan_id"] != self.scan_id for row in rows):
+            other = "weights or images"
+        elif [(row.layer, row.keep_ratio) for row in self.rows] != self.plan[: len(rows)]:
+            other = "sparsities"
+        if other:
+            raise UserError(
+                f"{self.path} is the log of a scan of other {other}: "
+                "give another --o, or --force to replace it"
+            )
+
+    def append(self, evaluation: Evaluation) -> Measurement:
+        """Write the result of the next point of the plan.
+
+        Raises:
+            UserError: the disk is full or the like; the rows before are whole.
+        """
+        name, keep_ratio = self.plan[len(self.rows)]
+        loss = round(evaluation.loss, LOSS_DECIMALS)
+        self.rows.append(Measurement(name, keep_ratio, evaluation.correct, evaluation.total, loss))
+        if not distributed.is_main():
+            return self.rows[-1]
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(format_line(self._cells(len(self.rows) - 1)))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(
+                f"{self.path} could not be written ({error.strerror}): make room; "
+                f"the same command goes on after {len(self.rows) - 1} rows"
+            ) from error
+        return self.rows[-1]
+
+    def of_layer(self, name: str) -> list[Measurement]:
+        """The rows of a layer so far."""
+        return [row for row in self.rows if row.layer == name]
+
+    def recommended(self) -> dict[str, float]:
+        """The recommended sparsity of each layer that is measured."""
+        names = dict.fromkeys(row.layer for row in self.rows)
+        return {name: self._recommended(self.of_layer(name)) for name in names}
+
+    def _recommended(self, rows: Sequence[Measurement]) -> float:
+        return recommend(
+            [row.keep_ratio for row in rows], [row.accuracy_pct for row in rows], self.threshold_pct
+        )
+
+    def _cells(self, index: int) -> list[object]:
+        row = self.rows[index]
+        measured = [row.layer, row.keep_ratio, round(row.accuracy_pct, 6), row.correct, row.total, row.loss]
+        return [*measured, self._mark(index), *self.descriptions[row.layer], self.scan_id]
+
+    def _mark(self, index: int) -> object:
+        # Levels rise, so the first that passes is the smallest, and known as soon as it is measured.
+        row = self.rows[index]
+        before = [other for other in self.rows[:index] if other.layer == row.layer]
+        if self._recommended(before) < 1:
+            return ""
+        if row.accuracy_pct >= self.threshold_pct:
+            return row.keep_ratio
+        is_last = index + 1 == len(self.plan) or self.plan[index + 1][0] != row.layer
+        return 1.0 if is_last else ""
+
+
+def read_recommended(path: str | os.PathLike) -> tuple[dict[str, float], dict[str, Sequence[object]]]:
+    """The recommended sparsity and the READ_ONLY_COLUMNS of each layer, from a finished scan.
+
+    Raises:
+        UserError: the file is no scanning log, the scan was not finished, or its marks are not one
+            a layer.
+    """
+    with torch.device("meta"):
+        layers = list(prunable_layers(MobileNetV2(width_mult=0.1)))
+    rows = read_csv(path, "scanning log", COLUMNS, MADE_BY)
+    measured: dict[Point, Row] = {}
+    recommended: dict[str, float] = {}
+    for row in rows:
+        measurement = _measurement(row)
+        name, point = measurement.layer, (measurement.layer, measurement.keep_ratio)
+        if name not in layers:
+            raise row.error("layer", f"the model has no layer {name!r}{suggest(name, layers)}")
+        if point in measured:
+            raise row.error("layer", f"{name} at sparsity {row['sparsity']} is there already: remove one row")
+        measured[point] = row
+        if row["recommended_sparsity"]:
+            if name in recommended:
+                raise row.error("recommended_sparsity", f"{name} has one already: leave one of the two")
+            recommended[name] = row.fraction("recommended_sparsity", name)
+    levels = {keep_ratio for _, keep_ratio in measured}
+    if len(measured) < len(layers) * len(levels):
+        raise UserError(
+            f"{path} holds {len(measured)} of {len(layers) * len(levels)} rows: finish the scan, "
+            f"the same command of {MADE_BY} goes on where it stopped"
+        )
+    for name in layers:
+        if name not in recommended:
+            raise UserError(
+                f"{path} has no recommended_sparsity for layer {name}: fill it in one of its rows"
+            )
+    descriptions = {row["layer"]: [row[column] for column in READ_ONLY_COLUMNS] for row in rows}
+    return {name: recommended[name] for name in layers}, descriptions
+
+
+def _measurement(row: Row) -> Measurement:
+    keep_ratio = row.fraction("sparsity", row["layer"])
+    correct, total = row.whole_number("correct"), row.whole_number("total")
+    if not 0 < total >= correct:
+        raise row.error("total", f"{correct} of {total} images are not right answers of all")
+    return Measurement(row["layer"], keep_ratio, correct, total, row.number("loss"))
+
+
+def read_measurements(
+    path: str | os.PathLike, descriptions: dict[str, Sequence[object]]
+) -> list[Measurement]:
+    """All rows of a finished scan at several sparsities.
+
+    Args:
+        path: of the CSV.
+        descriptions: of the model's layers, as `describe_layers` gives them.
+
+    Raises:
+        UserError: as `read_recommended`, or the shapes are those of another model, or there are not
+            two sparsities below 1.
+    """
+    _, found = read_recommended(path)
+    for name, (shape, *_) in found.items():
+        if shape != descriptions[name][0]:
+            raise UserError(
+                f"{path} is the log of another model: {name} is {shape} there and {descriptions[name][0]} "
+                "here: scan this one"
+            )
+    measurements = [_measurement(row) for row in read_csv(path, "scanning log", COLUMNS, MADE_BY)]
+    levels = {row.keep_ratio for row in measurements} - {1.0}
+    if len(levels) < 2:
+        raise UserError(
+            f"{path} holds {len(levels)} sparsities below 1, at least two are needed: "
+            "scan with more --sparsities"
+        )
+    return measurements

@@ -1,0 +1,66 @@
+"""The CSV that says how much of each layer is kept; people edit it by hand.
+
+Its column `sparsity` is the fraction of the layer's weights that are KEPT: 1.0 is not pruned, 0.0
+prunes all of the layer. In code the same number is called keep_ratio.
+"""
+
+import os
+from collections.abc import Collection, Iterable, Sequence
+
+from models.statistics import LayerStatistics
+from utils.common.csv_files import read_csv, suggest, write_csv
+from utils.common.errors import UserError
+
+COLUMNS = ("layer", "sparsity")
+# For the person who decides; reading ignores them.
+READ_ONLY_COLUMNS = ("shape", "parameters", "macs")
+MEANING = "sparsity is the fraction of weights KEPT: 1.0 is not pruned, 0.0 prunes all of the layer"
+MADE_BY = "scripts/generate_sparsity_dict_template.py"
+
+
+def describe_layers(layers: Iterable[LayerStatistics]) -> dict[str, Sequence[object]]:
+    """The cells of READ_ONLY_COLUMNS by layer; shape 32x3x3x3 is 32 filters of 3 channels of 3x3."""
+    return {layer.name: ("x".join(map(str, layer.shape)), layer.parameters, layer.macs) for layer in layers}
+
+
+def write_sparsity_dict(
+    path: str | os.PathLike, keep_ratios: dict[str, float], descriptions: dict[str, Sequence[object]]
+) -> None:
+    """Write a row a layer, in the order of `keep_ratios`.
+
+    Args:
+        path: of the CSV.
+        keep_ratios: by layer, in forward order.
+        descriptions: as `describe_layers` gives them.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    rows = ((name, float(ratio), *descriptions[name]) for name, ratio in keep_ratios.items())
+    write_csv(path, COLUMNS + READ_ONLY_COLUMNS, rows)
+
+
+def read_sparsity_dict(path: str | os.PathLike, layers: Collection[str]) -> dict[str, float]:
+    """The keep ratio of each of `layers`, in their order.
+
+    Raises:
+        UserError: the file is no such table, a layer is unknown, missing or there twice, or a
+            value is no number from 0 to 1.
+    """
+    lines: dict[str, int] = {}
+    keep_ratios: dict[str, float] = {}
+    for row in read_csv(path, "sparsity dict", COLUMNS, MADE_BY):
+        name = row["layer"]
+        if name not in layers:
+            raise row.error("layer", f"the model has no layer {name!r}{suggest(name, layers)}")
+        if name in lines:
+            raise row.error("layer", f"{name} is there already, in line {lines[name]}: remove one of the two")
+        lines[name] = row.line
+        keep_ratios[name] = row.fraction("sparsity", name)
+    missing = [name for name in layers if name not in keep_ratios]
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(
+            f"{path} has no row for layer {missing[0]}{others}: add it, with 1.0 to leave it whole"
+        )
+    return {name: keep_ratios[name] for name in layers}

@@ -1,0 +1,1 @@
+"""From float weights and observed activations to int8 tensors."""

@@ -1,0 +1,1 @@
+"""The training loop, its optimizers, distillation, and kernels for the CPU."""

@@ -1,0 +1,50 @@
+"""Training a compiled form of the model (torch.compile), which shares its weights with the plain one."""
+
+from argparse import ArgumentParser, Namespace
+
+import torch
+from torch import nn
+
+from utils.common import distributed
+from utils.common.errors import UserError, one_line
+
+LONGEST_REASON = 200
+
+
+def add_compile_argument(parser: ArgumentParser) -> None:
+    """--compile."""
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="train with torch.compile in place of our own kernels (for a GPU): minutes of waiting before "
+        "the first step; needs a C++ compiler",
+    )
+
+
+def check_compiler(args: Namespace, device: torch.device) -> None:
+    """For --compile, compile something small before the work starts.
+
+    Raises:
+        UserError: there is no compiler, it does not work, or the run is over several processes.
+    """
+    if not args.compile:
+        return
+    if distributed.world_size() > 1:
+        raise UserError("--compile is for a run of one process: leave it out, or start it without torchrun")
+    try:
+        compiled(nn.ReLU())(torch.ones(2, device=device, requires_grad=True)).sum().backward()
+    except Exception as error:
+        # What is raised depends on what is missing: compiler, headers, a folder to write to.
+        reason = one_line(error)[:LONGEST_REASON]
+        raise UserError(
+            f"--compile needs a C++ compiler that works, such as g++: install one, or leave it out ({reason})"
+        ) from error
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """What to call instead of `model`: compiled at the first call, and anew where shapes or strides change.
+
+    The model itself stays plain, so that copies, state_dict and evaluation are what they were.
+    Dropout draws the numbers that it draws without compilation.
+    """
+    return torch.compile(model, dynamic=False, options={"fallback_random": True})

@@ -1,0 +1,199 @@
+"""Builds utils/training/kernels/kernels.cpp with the C++ compiler of the machine, once, and calls it.
+
+The compiler is optional: `available` says whether there is one that works, and without it the layers
+of utils/training/kernels/layers.py compute with torch's own operations.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+COMPILERS = ("g++", "c++", "clang++")
+FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+LANES = 16
+"""Channels that a kernel takes at a time."""
+TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+TAPS = 9
+
+
+def available() -> bool:
+    """Whether the kernels can be used on this machine: there is a C++ compiler, and it makes them."""
+    return _library() is not None
+
+
+def takes(x: Tensor, pixels_a_row: int = 1) -> bool:
+    """Whether the kernels compute on maps (N, C, H, W) of this type, size and layout."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in TYPES
+        and pixels_a_row * x.shape[1] % LANES == 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def batch_norm_sums(rows: Tensor, running_mean: Tensor) -> Tensor:
+    """Sums (2, C), float64, of `x - running_mean` and of its square.
+
+    Args:
+        rows: (pixels / n, n * C), n pixels to a row.
+        running_mean: float32 (C,).
+    """
+    sums = _sums(rows)
+    _call("batch_norm_sums", rows.dtype, rows, running_mean, *rows.shape, len(running_mean), sums)
+    return _folded(sums, len(running_mean))
+
+
+def batch_norm_parameters(sums: Tensor, count: int, norm: nn.BatchNorm2d, row: int) -> Tensor:
+    """Mean, inverse of the standard deviation, scale and shift (4, row); the running statistics follow.
+
+    Args:
+        sums: of `batch_norm_sums`, over all `count` pixels.
+        norm: with weight, bias and running statistics.
+        row: n * C, as in the rows that the parameters are for.
+    """
+    parameters = torch.empty(4, row)
+    _call(
+        "batch_norm_parameters", torch.float32, sums, count, norm.weight, norm.bias, norm.eps, norm.momentum,
+        row, norm.num_features, norm.running_mean, norm.running_var, parameters,
+    )  # fmt: skip
+    return parameters
+
+
+def batch_norm_forward(rows: Tensor, parameters: Tensor, has_relu6: bool) -> Tensor:
+    """`x * scale + shift`, with ReLU6 behind it or not, of (pixels / n, n * C)."""
+    y = torch.empty_like(rows)
+    _call("batch_norm_forward", rows.dtype, rows, parameters, *rows.shape, has_relu6, y)
+    return y
+
+
+def batch_norm_backward_sums(
+    grad_rows: Tensor, rows: Tensor, parameters: Tensor, channels: int, has_relu6: bool
+) -> Tensor:
+    """Sums (2, C), float64, of the gradient in front of the ReLU6 and of it times `x - mean`."""
+    sums = _sums(rows)
+    _call(
+        "batch_norm_backward_sums", rows.dtype, grad_rows, rows, parameters, *rows.shape, channels, has_relu6,
+        sums,
+    )  # fmt: skip
+    return _folded(sums, channels)
+
+
+def batch_norm_backward(
+    grad_rows: Tensor, rows: Tensor, parameters: Tensor, sums: Tensor, count: int, has_relu6: bool
+) -> Tensor:
+    """The gradient of the rows.
+
+    Args:
+        sums: of `batch_norm_backward_sums`, over all `count` pixels.
+    """
+    row = rows.shape[1]
+    of_sums = torch.empty(2, row)
+    _call(
+        "batch_norm_backward_parameters", torch.float32, sums, count, parameters, row, sums.shape[1], of_sums
+    )
+    grad_x = torch.empty_like(rows)
+    _call(
+        "batch_norm_backward",
+        rows.dtype,
+        grad_rows,
+        rows,
+        parameters,
+        of_sums,
+        *rows.shape,
+        has_relu6,
+        grad_x,
+    )
+    return grad_x
+
+
+def _sums(rows: Tensor) -> Tensor:
+    return torch.empty(2 * rows.shape[1], dtype=torch.float64)
+
+
+def _folded(sums: Tensor, channels: int) -> Tensor:
+    return sums[: 2 * channels].view(2, channels)
+
+
+def depthwise_forward(x: Tensor, taps: Tensor, stride: int) -> Tensor:
+    """A 3x3 depthwise convolution with padding 1 of (N, C, H, W), channels last.
+
+    Args:
+        taps: float32 (9, C), contiguous.
+        stride: 1 or 2.
+    """
+    count, channels, height, width = x.shape
+    size = (count, channels, (height - 1) // stride + 1, (width - 1) // stride + 1)
+    y = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
+    _call("depthwise_forward", x.dtype, x, taps, count, height, width, channels, stride, y)
+    return y
+
+
+def depthwise_backward_input(grad_y: Tensor, taps: Tensor, stride: int, size: torch.Size) -> Tensor:
+    """The gradient of the input, whose size is given."""
+    if stride == 1:
+        return depthwise_forward(grad_y, taps.flip(0).contiguous(), 1)
+    count, channels, height, width = size
+    grad_x = torch.empty(size, dtype=grad_y.dtype, memory_format=torch.channels_last)
+    _call(
+        "depthwise_backward_input_stride2", grad_y.dtype, grad_y, taps, count, height, width, channels, grad_x
+    )
+    return grad_x
+
+
+def depthwise_backward_weight(grad_y: Tensor, x: Tensor, stride: int) -> Tensor:
+    """The gradient of the taps: float32 (9, C)."""
+    count, channels, height, width = x.shape
+    grad_taps = torch.empty(TAPS, channels)
+    _call("depthwise_backward_weight", x.dtype, grad_y, x, count, height, width, channels, stride, grad_taps)
+    return grad_taps
+
+
+def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | bool) -> None:
+    """Call the kernel for maps of this type; tensors go as addresses."""
+    getattr(_library(), f"{name}_{TYPES[dtype]}")(*map(_as_c, arguments))
+
+
+def _as_c(argument: Tensor | int | float | bool) -> ctypes.c_void_p | ctypes.c_long | ctypes.c_double:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_double(argument) if isinstance(argument, float) else ctypes.c_long(argument)
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        return None
+    try:
+        return ctypes.CDLL(str(_build(compiler)))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _build(compiler: str) -> Path:
+    """The compiled library in the user's cache; made if it is not there for this source and machine."""
+    source = SOURCE.read_bytes()
+    flags = subprocess.run(
+        [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, check=True
+    ).stdout
+    key = hashlib.sha256(b"\0".join([source, " ".join(FLAGS).encode(), flags])).hexdigest()[:16]
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    library = cache_home / "mobilenetv2-kernels" / f"{platform.machine()}-{key}.so"
+    if not library.is_file():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # Of several processes each makes its own, and the last one stands.
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = Path(folder) / library.name
+            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, check=True)
+            made.replace(library)
+    return library
