@@ -1,0 +1,92 @@
+"""The network as a list of operations, and its batch norms folded into its weights."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from models.mobilenetv2 import MobileNetV2
+from models.statistics import prunable_layers
+
+INPUT, POOL = "images", "pool"
+NEGLIGIBLE_DEVIATION = 0.01
+"""Channels whose standard deviation after their batch norm is below this (under half an int8 step over
+[0, 6]) are treated as constant."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One step of the network.
+
+    Args:
+        kind: "convolution", "linear", "add" or "pool" (the mean of each map).
+        name: of its module in the model; POOL for the pooling, which has none.
+        inputs: names of the operations whose outputs it takes; INPUT stands for the images.
+        layer: the convolution or linear layer, None for the others.
+        has_relu6: whether the output is clamped to [0, 6].
+    """
+
+    kind: str
+    name: str
+    inputs: tuple[str, ...]
+    layer: nn.Conv2d | nn.Linear | None = None
+    has_relu6: bool = False
+
+
+def walk(model: MobileNetV2) -> list[Operation]:
+    """List the operations of a float model in forward order; batch norms belong to their convolution."""
+    operations: list[Operation] = []
+    entering = INPUT
+    for index, block in enumerate(model.features):
+        last = entering
+        for name, module in block.named_modules(prefix=f"features.{index}"):
+            if isinstance(module, nn.Conv2d):
+                sequence = model.get_submodule(name.rpartition(".")[0])
+                has_relu6 = isinstance(sequence[-1], nn.ReLU6)
+                operations.append(Operation("convolution", name, (last,), module, has_relu6))
+                last = name
+        if getattr(block, "use_res_connect", False):
+            name = f"features.{index}.skip_add"
+            operations.append(Operation("add", name, (entering, last)))
+            last = name
+        entering = last
+    operations.append(Operation("pool", POOL, (entering,)))
+    classifier = f"classifier.{len(model.classifier) - 1}"
+    operations.append(Operation("linear", classifier, (POOL,), model.classifier[-1]))
+    return operations
+
+
+def fold_batch_norms(model: MobileNetV2) -> MobileNetV2:
+    """Return a copy in eval mode whose batch norms are part of its convolutions; the outputs stay the same."""
+    folded = copy.deepcopy(model).eval()
+    for sequence in [module for module in folded.modules() if isinstance(module, nn.Sequential)]:
+        for index in range(len(sequence) - 1):
+            convolution, norm = sequence[index], sequence[index + 1]
+            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                sequence[index] = fuse_conv_bn_eval(convolution, norm)
+                sequence[index + 1] = nn.Identity()
+    return folded
+
+
+@torch.no_grad()
+def without_constant_channels(model: MobileNetV2) -> MobileNetV2:
+    """Return a copy of a float model in which a channel that hardly varies is constant.
+
+    Where a convolution's input is dead, its batch norm divides by the root of next to nothing: the
+    folded weight is hundreds of times larger than all others, adds nothing to the output, and leaves
+    a scale for the whole tensor that rounds the others to zero.
+    """
+    model = copy.deepcopy(model)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            deviation = norm.weight.abs() * (norm.running_var / (norm.running_var + norm.eps)).sqrt()
+            norm.weight[deviation < NEGLIGIBLE_DEVIATION] = 0
+    return model
+
+
+def folded_weights(model: MobileNetV2) -> dict[str, Tensor]:
+    """Return the weight of each layer with its batch norm folded in; constant channels are zero."""
+    folded = fold_batch_norms(without_constant_channels(model))
+    return {name: layer.weight.detach() for name, layer in prunable_layers(folded).items()}
