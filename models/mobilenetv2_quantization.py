@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.ao.nn.quantized import FloatFunctional
-from torch.ao.quantization import DeQuantStub, QuantStub, fuse_modules, fuse_modules_qat
+from torch.ao.quantization import DeQuantStub, QuantStub, fuse_modules_qat
 
 from models.mobilenetv2 import InvertedResidual, MobileNetV2
 
@@ -56,19 +56,13 @@ class MobileNetV2Quantization(MobileNetV2):
         x = nn.functional.adaptive_avg_pool2d(x, (1, 1))
         return self.dequant(self.classifier(torch.flatten(x, 1)))
 
-    def fuse_model(self, is_qat: bool = False) -> None:
-        """Merge each convolution with its batch norm, in place; the outputs stay the same.
-
-        Args:
-            is_qat: keep the batch norms trainable, for quantization-aware training. Otherwise their
-                running statistics are folded into weights and biases.
-        """
-        fuse = fuse_modules_qat if is_qat else fuse_modules
+    def fuse_for_qat(self) -> None:
+        """Merge each convolution with its batch norm, in place, which stays trainable; the outputs stay."""
         was_training = self.training
-        # torch fuses in the one mode or the other, and fails in the wrong one.
-        self.train(is_qat)
+        # torch fuses for QAT in train mode alone.
+        self.train()
         for sequence in [m for m in self.modules() if isinstance(m, nn.Sequential)]:
             for (name, module), (next_name, next_module) in pairwise(list(sequence.named_children())):
                 if isinstance(module, nn.Conv2d) and isinstance(next_module, nn.BatchNorm2d):
-                    fuse(sequence, [name, next_name], inplace=True)
+                    fuse_modules_qat(sequence, [name, next_name], inplace=True)
         self.train(was_training)

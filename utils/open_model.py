@@ -1,20 +1,24 @@
-"""Opening a file of any kind that holds a model: float or pruned weights, a qmodel, TorchScript, packed."""
+"""Opens a file of any kind that holds a model: weights, a qmodel, TorchScript, or packed."""
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
+from models import MobileNetV2
 from models.statistics import model_statistics
-from utils.checkpoints.weights import MOBILENETV2_KINDS, check_classes, is_torchscript, load_weights
+from utils.checkpoints.metadata import Metadata
+from utils.checkpoints.weights import MOBILENETV2_KINDS, Weights, check_classes, is_torchscript
 from utils.common.errors import UserError
 from utils.common.files import check_input
 from utils.data.datasets import ImageData, Normalization, measure_normalization
-from utils.deployment.torchscript import load_torchscript
-from utils.packing.int8_weights import is_packed_int8, load_int8
-from utils.quantization import eager as quantization
+from utils.deployment.torchscript import to_torchscript
+from utils.deployment.torchscript_reader import read_torchscript
+from utils.open_weights import open_weights
+from utils.packing.int8_weights import is_packed_int8, read_int8
+from utils.quantization import eager
+from utils.quantization.int8_model import Int8Model
 
 
 @dataclass(frozen=True)
@@ -23,52 +27,31 @@ class ModelFile:
 
     Args:
         path: where it was read.
-        variant: the kind of weights, or the variant that a TorchScript file names.
+        metadata: of the model.
         model: in eval mode; maps normalized images (N, 3, H, W) to logits (N, classes).
-        architecture: the arguments of the model's class.
-        class_names: None if the file carries none, as a bare state_dict.
-        normalization: None if the file carries none.
-        image_size: side in pixels of the images that it was trained on, and MACs are counted for.
-        engine: the quantization engine that an int8 model was made for.
-        parameters: weights and biases, and batch-norm parameters where they are not folded.
-        nonzeros: those of them that are not zero.
-        macs: multiply-adds of an image.
-        dense_size_mb: MB of all parameters at their precision.
-        nonzero_size_mb: MB of the nonzero ones, without any index.
+        source: what the model was made from: weights, int8 tensors, or float weights with the batch
+            norms folded.
     """
 
     path: Path
-    variant: str
+    metadata: Metadata
     model: nn.Module
-    architecture: dict[str, Any]
-    class_names: tuple[str, ...] | None
-    normalization: Normalization | None
-    image_size: int
-    engine: str | None
-    parameters: int
-    nonzeros: int
-    macs: int
-    dense_size_mb: float
-    nonzero_size_mb: float
-
-    @property
-    def density(self) -> float:
-        """Fraction of the parameters that are not zero."""
-        return self.nonzeros / self.parameters
+    source: Weights | Int8Model | MobileNetV2
 
     def use_engine(self) -> None:
         """Let the engine that the model was made for run what comes next; a float model has none."""
-        if self.engine is not None:
-            quantization.use_engine(self.engine)
+        if self.metadata.engine is not None:
+            eager.use_engine(self.metadata.engine)
 
     def fit(self, data: ImageData) -> Normalization:
-        """Check the classes against those of the images; the normalization to give the model.
+        """Check the classes against those of the images and return the normalization to use.
 
         Raises:
             UserError: the number of classes or their names differ.
         """
-        check_classes(self.path, self.class_names, self.architecture["num_classes"], data)
-        return self.normalization or measure_normalization(data)
+        classes = self.metadata.architecture["num_classes"]
+        check_classes(self.path, self.metadata.class_names, classes, data)
+        return self.metadata.normalization or measure_normalization(data)
 
 
 def open_model(
@@ -80,38 +63,57 @@ def open_model(
 
     Args:
         path: the file.
-        output_stride: instead of the file's own, where it is not fixed.
-        kinds: of weights that the caller takes, as `load_weights`; TorchScript and packed int8 files
-            are always taken.
+        output_stride: replaces the file's own, where it is not fixed.
+        kinds: the kinds of weights that the caller takes, as for `open_weights`; TorchScript and packed
+            int8 files are always taken.
 
     Raises:
         UserError: the file is missing, broken or foreign, its engine is not supported here, or its
             output stride is fixed.
     """
     path = check_input(path, "model file")
-    load_scripted = load_int8 if is_packed_int8(path) else load_torchscript if is_torchscript(path) else None
-    if load_scripted is not None:
-        if output_stride is not None:
-            raise UserError(
-                f"{path} is int8 or TorchScript, its output stride is fixed: leave --output_stride out"
-            )
-        model, metadata = load_scripted(path)
-        kept = {f.name: getattr(metadata, f.name) for f in fields(ModelFile) if hasattr(metadata, f.name)}
-        return ModelFile(path=path, model=model.eval(), **kept)
-    weights = load_weights(path, kinds, output_stride)
+    read = read_int8 if is_packed_int8(path) else read_torchscript if is_torchscript(path) else None
+    if read is None:
+        weights = open_weights(path, kinds, output_stride)
+        return ModelFile(path, metadata_of(weights), weights.model, weights)
+    if output_stride is not None:
+        raise UserError(
+            f"{path} is int8 or TorchScript, its output stride is fixed: leave --output_stride out"
+        )
+    source, metadata = read(path)
+    check_engine(path, metadata.engine)
+    with eager.engine(metadata.engine):
+        return ModelFile(path, metadata, to_torchscript(source, metadata.image_size), source)
+
+
+def check_engine(path: Path, engine: str | None) -> None:
+    """Make sure that this machine runs the engine of a file.
+
+    Raises:
+        UserError: it does not.
+    """
+    supported = eager.supported_engines()
+    if engine is not None and engine not in supported:
+        raise UserError(
+            f"{path} was made for the quantization engine {engine}, which this machine does not run (it "
+            f"runs {', '.join(supported)}): make it anew with --backend"
+        )
+
+
+def metadata_of(weights: Weights) -> Metadata:
+    """Return what is known of weights."""
     statistics = model_statistics(weights.model, weights.image_size)
-    return ModelFile(
-        path=path,
+    return Metadata(
         variant=weights.kind,
-        model=weights.model,
+        engine=None,
         architecture=weights.model.architecture,
         class_names=weights.class_names,
         normalization=weights.normalization,
         image_size=weights.image_size,
-        engine=None,
         parameters=statistics.parameters,
         nonzeros=statistics.nonzeros,
         macs=statistics.macs,
         dense_size_mb=statistics.dense_size_mb,
         nonzero_size_mb=statistics.nonzero_size_mb,
+        metrics=weights.metrics,
     )

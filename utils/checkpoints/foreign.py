@@ -1,9 +1,13 @@
-"""ImageNet weights to start from."""
+"""Weights that others have made: torchvision's ImageNet weights, and bare state_dicts."""
 
 import urllib.error
+from pathlib import Path
+from typing import Any
 
-import torchvision
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from models import MobileNetV2
 
 from utils.common.errors import UserError, one_line
 
@@ -14,6 +18,8 @@ def load_pretrained(model: nn.Module) -> None:
     Raises:
         UserError: the weights cannot be fetched, or are of another width.
     """
+    import torchvision  # takes a second, and only this needs it
+
     if model.architecture["width_mult"] != 1.0:
         raise UserError(
             "--pretrained goes with --width_mult 1.0: there are ImageNet weights of that width only"
@@ -28,3 +34,22 @@ def load_pretrained(model: nn.Module) -> None:
         ) from error
     features = {name: value for name, value in state.items() if not name.startswith("classifier.")}
     model.load_state_dict(features, strict=False)
+
+
+def architecture_of(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Derive the architecture of a bare state_dict from its shapes.
+
+    Raises:
+        UserError: it is not that of a MobileNetV2.
+    """
+    head, stem = state.get("classifier.1.weight"), state.get("features.0.0.weight")
+    if not (isinstance(head, Tensor) and isinstance(stem, Tensor) and head.ndim == 2 and stem.ndim == 4):
+        raise UserError(f"{path} is not MobileNetV2's: it has no classifier.1.weight and features.0.0.weight")
+    shapes = {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
+    # Channels are rounded to multiples of 8, so a few candidates tell the width multiplier.
+    for width_mult in (1.0, 1.4, 1.3, 0.75, 0.5, 0.35, 0.25, 0.1, 1.1, 1.2, 1.5, 1.75, 2.0):
+        with torch.device("meta"):
+            model = MobileNetV2(num_classes=head.shape[0], width_mult=width_mult)
+        if all(shapes.get(name) == value.shape for name, value in model.state_dict().items()):
+            return model.architecture
+    raise UserError(f"{path} has shapes of another architecture than MobileNetV2's")

@@ -1,6 +1,5 @@
 """The one file that weights travel in, and the checks of what comes back."""
 
-import math
 import os
 import pickle
 import re
@@ -16,18 +15,17 @@ from torch import Tensor, nn
 
 from models import MobileNetV2, MobileNetV2Quantization, ResNet18
 from models.mobilenetv2 import OUTPUT_STRIDES
+from utils.checkpoints.foreign import architecture_of
+from utils.checkpoints.metadata import check_image_size, parse_normalization
 from utils.common.errors import UserError, one_line
 from utils.common.files import check_input, save_torch
 from utils.common.runtime import plain, versions
 from utils.data.datasets import DEFAULT_IMAGE_SIZE, ImageData, Normalization, measure_normalization
-from utils.packing.float_weights import read_weights
-from utils.packing.format import is_packed
 
 FORMAT = "mobilenetv2-weights"
 FORMAT_VERSION = 1
-LARGEST_IMAGE_SIZE = 4096
 MODEL_CLASSES = {"float": MobileNetV2, "qmodel": MobileNetV2Quantization, "resnet18": ResNet18}
-SAY_KIND = {
+DESCRIPTIONS = {
     "float": "float weights (dense or pruned)",
     "qmodel": "a qmodel (written by scripts/to_qmodel_weights.py)",
     "resnet18": "a ResNet-18 (written by train.py --model resnet18)",
@@ -74,37 +72,31 @@ def save_weights(path: str | os.PathLike, weights: Weights, args: Namespace) -> 
     save_torch(path, content)
 
 
-def load_weights(
-    path: str | os.PathLike,
-    kinds: str | tuple[str, ...] = "float",
-    output_stride: int | None = None,
+def weights_from_content(
+    path: Path, content: dict[str, Any], kinds: str | tuple[str, ...], output_stride: int | None
 ) -> Weights:
-    """Rebuild the model from the file alone.
+    """Rebuild the model from what its file holds.
 
     Args:
-        path: a file of `save_weights`, packed float weights, or a bare state_dict of torchvision's
-            MobileNetV2.
-        kinds: what the caller goes on with, one or several of MODEL_CLASSES.
-        output_stride: instead of the file's own; the weights do not depend on it.
+        path: of the file, for messages.
+        content: of a file of `save_weights`, or a bare state_dict of torchvision's MobileNetV2.
+        kinds: the kinds that the caller takes, one or several of MODEL_CLASSES.
+        output_stride: replaces the file's own; the weights do not depend on it.
 
     Raises:
-        UserError: the file is missing, truncated, no weights, of another kind, or does not fit
-            the architecture.
+        UserError: the content is not weights, is of another kind, or does not fit the architecture.
     """
-    path = check_input(path, "weights file")
     kinds = (kinds,) if isinstance(kinds, str) else kinds
-    wanted = " or ".join(SAY_KIND[kind] for kind in kinds)
-    if is_packed(path):
-        content = {**read_weights(path), "format": FORMAT, "format_version": FORMAT_VERSION}
-    else:
-        content = read_pickle(path)
+    wanted = " or ".join(DESCRIPTIONS[kind] for kind in kinds)
     if "format" in content and content["format"] != FORMAT:
         raise UserError(
             f"{path} is a file of format {content['format']!r}, not weights: the checkpoint of an "
             "unfinished run becomes weights when the run is resumed and ends"
         )
     if "format" not in content:
-        content = _from_bare_state_dict(path, content)
+        architecture = architecture_of(path, content)
+        content = {"kind": "float", "architecture": architecture, "state_dict": content}
+        content["format_version"] = FORMAT_VERSION
         if kinds == ("qmodel",):
             raise UserError(f"{path} is a bare state_dict, {wanted} is wanted: convert it first")
     if content.get("format_version") != FORMAT_VERSION:
@@ -113,10 +105,10 @@ def load_weights(
             f"{FORMAT_VERSION}: use the release that wrote it"
         )
     found = str(content.get("kind"))
-    if found not in SAY_KIND:
+    if found not in DESCRIPTIONS:
         raise UserError(f"{path} is of the unknown kind {found!r}: use the release that wrote it")
     if found not in kinds:
-        raise UserError(f"{path} is {SAY_KIND[found]}, {wanted} is wanted here")
+        raise UserError(f"{path} is {DESCRIPTIONS[found]}, {wanted} is wanted here")
     return _rebuild(path, content, output_stride)
 
 
@@ -203,26 +195,6 @@ def complete(path: str | os.PathLike, weights: Weights, data: ImageData) -> Weig
     )
 
 
-def _from_bare_state_dict(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Read the architecture off the shapes."""
-    head, stem = content.get("classifier.1.weight"), content.get("features.0.0.weight")
-    if not (isinstance(head, Tensor) and isinstance(stem, Tensor) and head.ndim == 2 and stem.ndim == 4):
-        raise UserError(f"{path} is not MobileNetV2's: it has no classifier.1.weight and features.0.0.weight")
-    shapes = {name: value.shape for name, value in content.items() if isinstance(value, Tensor)}
-    # Channels are rounded to multiples of 8, so a few candidates tell the width multiplier.
-    for width_mult in (1.0, 1.4, 1.3, 0.75, 0.5, 0.35, 0.25, 0.1, 1.1, 1.2, 1.5, 1.75, 2.0):
-        with torch.device("meta"):
-            model = MobileNetV2(num_classes=head.shape[0], width_mult=width_mult)
-        if all(shapes.get(name) == value.shape for name, value in model.state_dict().items()):
-            return {
-                "format_version": FORMAT_VERSION,
-                "kind": "float",
-                "architecture": model.architecture,
-                "state_dict": content,
-            }
-    raise UserError(f"{path} has shapes of another architecture than MobileNetV2's")
-
-
 def _rebuild(path: Path, content: dict[str, Any], output_stride: int | None) -> Weights:
     try:
         architecture = dict(content["architecture"])
@@ -246,12 +218,11 @@ def _rebuild(path: Path, content: dict[str, Any], output_stride: int | None) -> 
             model=model.eval(),
             kind=content["kind"],
             class_names=tuple(map(str, names)) if names else None,
-            normalization=_normalization(normalization) if normalization else None,
+            normalization=parse_normalization(normalization) if normalization else None,
             image_size=int(content.get("image_size", DEFAULT_IMAGE_SIZE)),
             metrics=dict(content.get("metrics", {})),
         )
-        if not 1 <= weights.image_size <= LARGEST_IMAGE_SIZE:
-            raise ValueError(f"image_size is {weights.image_size}")
+        check_image_size(weights.image_size)
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
         model_name = MODEL_CLASSES[content["kind"]].__name__
         raise UserError(f"{path} does not fit {model_name} ({one_line(error)[:200]})") from error
@@ -263,13 +234,6 @@ def _rebuild(path: Path, content: dict[str, Any], output_stride: int | None) -> 
         if not torch.isfinite(value).all():
             raise UserError(f"{path} holds NaN or infinity in {name}: the training had diverged")
     return weights
-
-
-def _normalization(content: dict[str, Any]) -> Normalization:
-    mean, std = (tuple(map(float, content[name])) for name in ("mean", "std"))
-    if not (len(mean) == len(std) == 3 and all(map(math.isfinite, mean + std)) and min(std) > 0):
-        raise ValueError(f"the normalization {content} is not three means and three positive deviations")
-    return Normalization(mean, std)
 
 
 def add_output_stride_argument(parser) -> None:

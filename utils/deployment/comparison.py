@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
+from models import MobileNetV2
 from models.statistics import count_macs
+from utils.checkpoints.metadata import Metadata
 from utils.checkpoints.weights import Weights
 from utils.common.cli import positive_int
 from utils.common.files import BYTES_PER_MB
@@ -19,15 +20,14 @@ from utils.data.datasets import ImageData, Normalization
 from utils.data.loader import Batches
 from utils.deployment.latency import measure_fastest_forms
 from utils.deployment.torchscript import (
-    ScriptMetadata,
     float_forms,
-    fresh_copy,
     pack_torchscript,
     save_torchscript,
     to_torchscript,
 )
 from utils.evaluation import Evaluation, evaluate
-from utils.quantization.eager import WEIGHT_BITS, int8_parameters
+from utils.quantization.eager import WEIGHT_BITS
+from utils.quantization.int8_model import Int8Model
 
 WARM_UP = 10
 
@@ -88,10 +88,11 @@ def calibration_batches(data: ImageData, normalization: Normalization, args: Nam
 
 @dataclass(frozen=True)
 class Deployment:
-    """One form of a model, and its answers on the test images; `size_mb` is that of its file."""
+    """One form of a model with its results on the test images; `size_mb` is that of its file."""
 
+    model: MobileNetV2 | Int8Model
     scripted: torch.jit.ScriptModule
-    metadata: ScriptMetadata
+    metadata: Metadata
     evaluation: Evaluation
     size_mb: float
 
@@ -106,7 +107,7 @@ class Deployment:
 
 def deploy(
     variant: str,
-    model: nn.Module,
+    model: MobileNetV2 | Int8Model,
     weights: Weights,
     engine: str,
     batches: Batches,
@@ -115,21 +116,21 @@ def deploy(
     """Turn a model into TorchScript and evaluate that.
 
     Args:
-        variant: one of utils.deployment.torchscript.VARIANTS.
-        model: int8, or float with its batch norms folded (variant "float").
+        variant: one of utils.checkpoints.metadata.VARIANTS.
+        model: int8, or float with its batch norms folded.
         weights: what it was made from, with class names and normalization.
         engine: the current quantization engine.
         batches: of the test split.
         metrics: kept in the file, beside the accuracy.
     """
-    is_float = variant == "float"
-    parameters = dict(model.named_parameters()) if is_float else int8_parameters(model)
-    counts = [(p.numel(), int(torch.count_nonzero(p)), p.itemsize) for p in parameters.values()]
+    is_int8 = isinstance(model, Int8Model)
+    tensors = [*model.weights.values(), *model.biases.values()] if is_int8 else [*model.parameters()]
+    counts = [(tensor.numel(), int(torch.count_nonzero(tensor)), tensor.itemsize) for tensor in tensors]
     scripted = to_torchscript(model, weights.image_size)
     evaluation = evaluate(scripted, batches)
-    metadata = ScriptMetadata(
+    metadata = Metadata(
         variant=variant,
-        engine=None if is_float else engine,
+        engine=engine if is_int8 else None,
         architecture=weights.model.architecture,
         class_names=weights.class_names,
         normalization=weights.normalization,
@@ -146,7 +147,7 @@ def deploy(
         },
     )
     size_mb = len(pack_torchscript(scripted, metadata)) / BYTES_PER_MB
-    return Deployment(scripted, metadata, evaluation, size_mb)
+    return Deployment(model, scripted, metadata, evaluation, size_mb)
 
 
 def compare(deployments: Sequence[Deployment], args: Namespace) -> list[dict[str, Any]]:
@@ -158,8 +159,8 @@ def compare(deployments: Sequence[Deployment], args: Namespace) -> list[dict[str
     first = deployments[0]
     side = first.metadata.image_size
     inputs = torch.randn(args.latency_batch_size, 3, side, side).to(memory_format=torch.channels_last)
-    # Fresh, since these have run on batches of another size, which some engines do not forget.
-    models = {d.metadata.variant: {"TorchScript": fresh_copy(d.scripted)} for d in deployments}
+    # Made anew, since these have run on batches of another size, which some engines do not forget.
+    models = {d.metadata.variant: {"TorchScript": to_torchscript(d.model, side)} for d in deployments}
     models[first.metadata.variant] = float_forms(first.scripted, side)
     latencies = measure_fastest_forms(models, inputs, args.latency_rounds, WARM_UP)
     _, first_latency = latencies[first.metadata.variant]

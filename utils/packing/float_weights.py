@@ -12,19 +12,17 @@ that of the weights; what is smaller than 6e-5 has an absolute error of 3e-8, wh
 import os
 from dataclasses import asdict
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from models import MobileNetV2
+from utils.checkpoints.weights import FORMAT, FORMAT_VERSION, Weights
 from utils.common.errors import UserError
 from utils.common.runtime import plain, versions
 from utils.packing.format import ARCHITECTURE_ERRORS, PackedFile, Slot, encode
-
-if TYPE_CHECKING:
-    from utils.checkpoints.weights import Weights
 
 TYPES = ("float32", "float16")
 STREAM_TYPES = dict.fromkeys(("values", "biases", "batch_norm"), TYPES)
@@ -71,7 +69,7 @@ def round_to(state: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tens
     return rounded
 
 
-def encode_weights(weights: "Weights", dtype: str) -> bytes:
+def encode_weights(weights: Weights, dtype: str) -> bytes:
     """The content of a packed file of `weights`; dtype is one of TYPES.
 
     Raises:
@@ -126,7 +124,8 @@ def read_weights(path: str | os.PathLike) -> dict[str, Any]:
         tensors.update(zip(counters, counts, strict=True))
     except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise file.wrong(error) from error
-    return file.header | {"state_dict": {name: tensors[name] for name in names}}
+    state = {name: tensors[name] for name in names}
+    return file.header | {"format": FORMAT, "format_version": FORMAT_VERSION, "state_dict": state}
 
 
 @lru_cache(maxsize=8)

@@ -7,17 +7,18 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from utils.quantization.eager import round_biases
+from utils.quantization.eager import from_module, to_module
+from utils.quantization.int8_model import Int8Model
 
 SMALLEST_SLOPE = 0.1
-"""Of the mean of a channel against its bias. One that ReLU6 nearly always holds would be moved far."""
+"""How a channel's mean follows its bias, at least. One that ReLU6 nearly always clamps would move far."""
 
 
 @torch.no_grad()
 def correct_biases(
-    model: nn.Module, reference: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
-) -> nn.Module:
-    """Change the biases of an int8 model so that its channels have the means of the float model's.
+    model: Int8Model, reference: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
+) -> Int8Model:
+    """Return an int8 model whose channels have the means of the float model's.
 
     Rounded weights shift a channel by a constant on average, and layers add such shifts up. Empirical
     bias correction (Nagel et al., 2019, appendix D, https://arxiv.org/abs/1906.04721) takes them out
@@ -25,21 +26,18 @@ def correct_biases(
     batches: the first sets the biases, and the n-th moves them by 1/n of what it still finds.
 
     Args:
-        model: int8; its biases are changed.
-        reference: the float model with its batch norms folded, as `fold_batch_norms` makes it.
+        model: whose biases are to be corrected; it runs on the current engine.
+        reference: the float model with its batch norms folded.
         batches: of training images, as the model sees them when it is used.
-
-    Returns:
-        `model`.
     """
+    module = to_module(model)
     watched = _watched(reference)
-    layers = {name: model.get_submodule(name) for name in watched}
+    layers = {name: module.get_submodule(name) for name in watched}
     for number, (images, _) in enumerate(batches, 1):
         means, slopes = _means_and_slopes(reference, watched, images)
         with _hooks(layers, partial(_correct, means, slopes, 1 / number)):
-            model(images)
-    round_biases(model)
-    return model
+            module(images)
+    return from_module(module).with_rounded_biases()
 
 
 def _correct(
@@ -51,14 +49,14 @@ def _correct(
     inputs: tuple[Tensor],
     output: Tensor,
 ) -> Tensor:
-    """A forward hook of an int8 layer that moves its bias, and answers as the layer then does."""
+    """Move the bias of an int8 layer, as a forward hook, and return what the layer then computes."""
     error = _channel_means(output.dequantize()) - means[name]
     layer.set_weight_bias(layer.weight(), layer.bias() - step * error / slopes[name])
     return layer.forward(*inputs)
 
 
 def _watched(reference: nn.Module) -> dict[str, nn.Module]:
-    """By the name of a layer, what gives the output that its int8 form gives: the ReLU6 behind, or itself."""
+    """Return the module whose output each int8 layer imitates: the ReLU6 after it, or itself, by layer."""
     watched = {
         name: layer for name, layer in reference.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)
     }
@@ -71,7 +69,7 @@ def _watched(reference: nn.Module) -> dict[str, nn.Module]:
 def _means_and_slopes(
     reference: nn.Module, watched: dict[str, nn.Module], images: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Of each channel, by the name of the layer: the mean, and how it grows with the bias, about."""
+    """Return the mean of each channel and about how much it grows with the bias, by layer."""
     means, slopes = {}, {}
 
     def measure(name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -89,7 +87,7 @@ def _means_and_slopes(
 
 @contextmanager
 def _hooks(modules: dict[str, nn.Module], hook: Callable) -> Iterator[None]:
-    """For a while, call the hook behind each module, with its name in front of what torch gives."""
+    """Within the block, call the hook after each module, with its name before what torch passes."""
     handles = [module.register_forward_hook(partial(hook, name)) for name, module in modules.items()]
     try:
         yield
@@ -99,5 +97,5 @@ def _hooks(modules: dict[str, nn.Module], hook: Callable) -> Iterator[None]:
 
 
 def _channel_means(output: Tensor) -> Tensor:
-    """Means (channels,) of an output (images, channels, ...)."""
+    """Return the means (channels,) of an output (images, channels, ...)."""
     return output.movedim(1, 0).flatten(1).mean(1)

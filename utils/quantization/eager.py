@@ -1,22 +1,7 @@
-"""int8 quantization, after training and while training, with torch's eager mode.
+"""torch's eager-mode quantization behind plain tensors: what observes, what trains, what runs.
 
-The one module that calls torch.ao.quantization, which torch has deprecated and still ships.
-
-What makes an int8 model here:
-
-- Activations take all of 0..255. ReLU6 is no operation of its own: the range of the convolution in
-  front of it is observed behind the ReLU6, so it lies within [0, 6] with zero point 0, and where the
-  convolution saturates is the clamp.
-- Weights are symmetric, so that a pruned weight is exactly 0 in int8.
-- Weights are scaled so that no kernel overflows. Kernels for x86 CPUs without VNNI, and fbgemm's
-  depthwise ones on any, add two neighbouring products in 16 bits, which saturates without a word
-  (2 * 255 * 127 > 32767). torch's answer is to halve the range of all activations (`reduce_range`);
-  here two neighbouring weights of a filter add up to 128 at most (`WeightObserver`), which costs
-  less and gives the same numbers on every CPU.
-- Weights may use fewer codes than int8 has (`weight_bits`). They are stored and computed as int8 all
-  the same, with the same kernels; it is the packed file that shrinks, to the entropy of the codes.
-- Scales of weights and biases take few different values (`scale_of`, `bias_units`), since a model has
-  thousands of them, which a packed file holds as well.
+The one module, beside models/mobilenetv2_quantization.py, that calls torch.ao.quantization, which torch has
+deprecated and still ships.
 """
 
 import copy
@@ -32,74 +17,58 @@ from torch.ao.nn import quantized as int8
 from torch.ao.nn.intrinsic import qat as fused
 
 from models import MobileNetV2Quantization
+from models.folding import INPUT, fold_batch_norms, without_constant_channels
 from utils.common import distributed
 from utils.common.devices import device_of, on_device
 from utils.common.errors import UserError
+from utils.quantization.int8_model import Int8Model, QParams, activation_names
+from utils.quantization.observers import choose_activation_qparams, choose_weight_scale
 
-LARGEST_PAIR = 128
-"""Two int8 weights of this sum, times activations of 255, make 32640: a 16-bit number."""
-NEGLIGIBLE_DEVIATION = 0.01
-"""Of a channel behind its batch norm; less than half of what int8 tells apart in 0 to 6."""
-SMALLEST_SCALE = 2.0**-20
-"""Of weights. A channel without any would have 0, by which its bias is divided."""
-SCALES_AN_OCTAVE = 8
-"""Scales of weights are 2**((k + 0.5) / 8). Without the half, the scale of a layer's input times that of
-a weight would be a power of two times that of the output wherever both activations take all of ReLU6's
-range, and many sums would lie halfway between two codes, where engines round differently."""
-SCALES_OF_AN_OCTAVE = torch.tensor([2 ** ((k + 0.5) / SCALES_AN_OCTAVE) for k in range(SCALES_AN_OCTAVE)])
 WEIGHT_BITS = (8, 7, 6, 5, 4)
-BIAS_UNITS_A_STEP = 4
-"""Biases are rounded to a quarter of a step of their layer's output, or finer."""
-SHRINKS = torch.linspace(1.0, 0.3, 36)
-"""Fractions of the seen range that are tried for an activation."""
+
+
+def supported_engines() -> list[str]:
+    """List the quantization engines that this machine runs."""
+    return [name for name in torch.backends.quantized.supported_engines if name != "none"]
 
 
 def use_engine(name: str) -> None:
-    """Make `name` the quantization engine: int8 models are packed for it, and run on it.
+    """Make `name` the quantization engine: int8 modules are packed for it, and run on it.
 
     Raises:
         UserError: torch does not support it on this machine.
     """
-    supported = [engine for engine in torch.backends.quantized.supported_engines if engine != "none"]
-    if name not in supported:
-        raise UserError(
-            f"the quantization engine {name!r} is not supported here: use one of {', '.join(supported)}"
-        )
+    if name not in supported_engines():
+        supported = ", ".join(supported_engines())
+        raise UserError(f"the quantization engine {name!r} is not supported here: use one of {supported}")
     torch.backends.quantized.engine = name
 
 
-def fold_batch_norms(model: MobileNetV2Quantization) -> nn.Module:
-    """A copy of a float model in eval mode, without its batch norms; the outputs stay the same."""
-    model = copy.deepcopy(model).eval()
-    model.fuse_model()
-    return model
+@contextmanager
+def engine(name: str | None) -> Iterator[None]:
+    """Use an engine within the block; None keeps the current one.
 
-
-@torch.no_grad()
-def without_constant_channels(model: MobileNetV2Quantization) -> MobileNetV2Quantization:
-    """A copy of a float model in which a channel that hardly varies is the constant that it nearly is.
-
-    Where a convolution's input is dead, its batch norm divides by the root of next to nothing: the
-    folded weight is hundreds of times larger than all others, adds nothing to the output, and leaves
-    a scale for the whole tensor that rounds the others to zero.
+    Raises:
+        UserError: as `use_engine`.
     """
-    model = copy.deepcopy(model)
-    for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            deviation = norm.weight.abs() * (norm.running_var / (norm.running_var + norm.eps)).sqrt()
-            norm.weight[deviation < NEGLIGIBLE_DEVIATION] = 0
-    return model
+    before = torch.backends.quantized.engine
+    try:
+        if name is not None:
+            use_engine(name)
+        yield
+    finally:
+        torch.backends.quantized.engine = before
 
 
 def calibrate(model: MobileNetV2Quantization, batches: Iterable[tuple[Tensor, Tensor]]) -> nn.Module:
-    """A copy of a float model, its batch norms folded, that knows the ranges of its activations.
+    """Return a copy of a float model, its batch norms folded, that has observed its activations.
 
     Args:
         model: not fused; stays as it is.
         batches: of training images, as the model sees them when it is used; at least one.
     """
     observed = fold_batch_norms(without_constant_channels(model))
-    with _quietly():
+    with quietly():
         _set_observers(observed, ActivationObserver, lambda: WeightObserver(per_channel=True))
         # Where two logits are clipped, their order is lost.
         observed.classifier[-1].qconfig = observed.qconfig._replace(activation=eager.MinMaxObserver)
@@ -110,11 +79,11 @@ def calibrate(model: MobileNetV2Quantization, batches: Iterable[tuple[Tensor, Te
     return observed
 
 
-def post_training_quantize(calibrated: nn.Module, per_channel: bool, weight_bits: int = 8) -> nn.Module:
-    """The int8 model, for the current engine.
+def post_training_quantize(calibrated: nn.Module, per_channel: bool, weight_bits: int = 8) -> Int8Model:
+    """Return the int8 model of a calibrated one.
 
     Args:
-        calibrated: of `calibrate`; stays as it is, so that both kinds are made from one.
+        calibrated: from `calibrate`; stays as it is, so that both kinds are made from one.
         per_channel: whether each output channel of a weight has a scale of its own.
         weight_bits: one of WEIGHT_BITS; see `layer_bits`.
     """
@@ -127,7 +96,7 @@ def post_training_quantize(calibrated: nn.Module, per_channel: bool, weight_bits
 def prepare_qat(
     model: MobileNetV2Quantization, weight_bits: int = 8, has_batch_norms: bool = True
 ) -> nn.Module:
-    """A copy of a float model that trains with the rounding of int8, per channel.
+    """Return a copy of a float model that trains with the rounding of int8, per channel.
 
     `calibrate_qat` gives its activations their first ranges. Its state_dict holds all that
     `convert_qat` needs, and loads into another model of this function with the same arguments.
@@ -141,12 +110,12 @@ def prepare_qat(
     """
     if has_batch_norms:
         model = copy.deepcopy(model).train()
-        model.fuse_model(is_qat=True)
+        model.fuse_for_qat()
     else:
         model = fold_batch_norms(without_constant_channels(model)).train()
-        # torch holds the biases that folding makes.
+        # torch freezes the biases that folding makes.
         model.requires_grad_(True)
-    with _quietly():
+    with quietly():
         _set_observers(
             model,
             ActivationFakeQuantize.with_args(
@@ -161,7 +130,7 @@ def prepare_qat(
 
 
 def layer_bits(model: nn.Module, weight_bits: int) -> dict[nn.Module, int]:
-    """Bits of the weights of each convolution and linear layer.
+    """Return the bits of the weights of each convolution and linear layer.
 
     The first layer and the depthwise convolutions keep 8: they are 3 % of the weights. Quantized after
     training, they would cost 0.6 to 1 point of accuracy on CIFAR-10 at 5 bits and 1 to 6 at 4, the most
@@ -175,7 +144,7 @@ def layer_bits(model: nn.Module, weight_bits: int) -> dict[nn.Module, int]:
 
 @torch.no_grad()
 def calibrate_qat(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Let the activations of a model of `prepare_qat` find their ranges before it trains.
+    """Let the activations of a model from `prepare_qat` find their ranges before it trains.
 
     From ranges of a first batch of training, with all layers rounding at once, the first steps
     would lead away from the weights that are there.
@@ -188,7 +157,7 @@ def calibrate_qat(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) ->
 
 
 def freeze_ranges(model: nn.Module) -> None:
-    """Hold the ranges of the activations of a model of `prepare_qat` from now on.
+    """Hold the ranges of the activations of a model from `prepare_qat` from now on.
 
     The scales of its weights go on following the weights.
     """
@@ -198,99 +167,83 @@ def freeze_ranges(model: nn.Module) -> None:
 
 
 def freeze_batch_norms(model: nn.Module) -> None:
-    """Let a model of `prepare_qat` normalize by its running statistics, and hold these, from now on."""
+    """Let a model from `prepare_qat` normalize by its running statistics, and hold these, from now on."""
     model.apply(fused.freeze_bn_stats)
 
 
-def convert_qat(model: nn.Module) -> nn.Module:
-    """The int8 model, for the current engine, of a model of `prepare_qat`, which stays as it is.
-
-    Wherever that one trains, the int8 model runs on the CPU.
-    """
+def convert_qat(model: nn.Module) -> Int8Model:
+    """Return the int8 model of a model from `prepare_qat`, which stays as it is."""
     return _convert(copy.deepcopy(model).cpu().eval())
 
 
-def int8_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Weights (int8) and biases (float32) of an int8 model, by their names in the float model."""
-    parameters = {}
-    for name, layer in model.named_modules():
+def to_module(model: Int8Model) -> nn.Module:
+    """Return torch's int8 modules with these tensors: images (N, 3, H, W) to logits (N, classes), on a CPU.
+
+    Their weights are packed for the current engine.
+    """
+    with torch.device("meta"):
+        module = MobileNetV2Quantization(**model.architecture)
+    with quietly():
+        for name in activation_names(model.architecture):
+            qparams = model.activations[name]
+            path = "quant" if name == INPUT else name
+            layer = module.get_submodule(path)
+            if name == INPUT:
+                replacement = int8.Quantize(qparams.scale, qparams.zero_point, torch.quint8)
+            elif isinstance(layer, nn.Linear):
+                replacement = int8.Linear(layer.in_features, layer.out_features)
+            elif isinstance(layer, nn.Conv2d):
+                sizes = (layer.in_channels, layer.out_channels, layer.kernel_size)
+                rest = (layer.stride, layer.padding, layer.dilation, layer.groups)
+                replacement = int8.Conv2d(*sizes, *rest)
+            else:
+                replacement = int8.QFunctional()
+            if name in model.weights:
+                replacement.set_weight_bias(_quantized_weight(model, name), model.biases[name])
+            if name != INPUT:
+                replacement.scale, replacement.zero_point = qparams.scale, qparams.zero_point
+            parent, _, child = path.rpartition(".")
+            setattr(module.get_submodule(parent), child, replacement)
+        for parent in list(module.modules()):
+            for child, layer in list(parent.named_children()):
+                if isinstance(layer, nn.BatchNorm2d | nn.ReLU6):
+                    setattr(parent, child, nn.Identity())
+        module.dequant = int8.DeQuantize()
+    return module.eval()
+
+
+def _quantized_weight(model: Int8Model, name: str) -> Tensor:
+    values, scale = model.weights[name], model.scales[name].double()
+    if not model.per_channel:
+        return torch._make_per_tensor_quantized_tensor(values, scale.item(), 0)
+    zero_points = torch.zeros(len(scale), dtype=torch.int64)
+    return torch._make_per_channel_quantized_tensor(values, scale, zero_points, 0)
+
+
+def from_module(module: nn.Module) -> Int8Model:
+    """Return the tensors of torch's int8 modules, the reverse of `to_module`."""
+    weights, scales, biases, activations = {}, {}, {}, {}
+    for name in activation_names(module.architecture):
+        layer = module.quant if name == INPUT else module.get_submodule(name)
+        activations[name] = QParams(float(layer.scale), int(layer.zero_point))
         if isinstance(layer, int8.Conv2d | int8.Linear):
-            parameters[f"{name}.weight"] = layer.weight().int_repr()
-            parameters[f"{name}.bias"] = layer.bias()
-    return parameters
-
-
-def int8_operations(model: MobileNetV2Quantization) -> list[str]:
-    """Names of the modules whose int8 output has a scale and a zero point, in forward order.
-
-    Each takes what the one before it gives; an addition takes an earlier one's as well.
-    """
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear)
-        or (name.endswith(".skip_add") and model.get_submodule(name.rpartition(".")[0]).use_res_connect)
-    ]
-    return ["quant", *names]
-
-
-def int8_model(
-    model: MobileNetV2Quantization,
-    weights: dict[str, Tensor],
-    biases: dict[str, Tensor],
-    ranges: dict[str, tuple[float, int]],
-) -> nn.Module:
-    """The int8 model, for the current engine, of what one consists of.
-
-    Args:
-        model: of the same architecture, best on the meta device; is changed into the int8 model.
-        weights: of each convolution and linear layer, quantized (qint8).
-        biases: float32 (out_channels,), of each.
-        ranges: scale and zero point of the output of each of `int8_operations`.
-    """
-    for name in int8_operations(model):
-        parent, child = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        layer, (scale, zero_point) = getattr(parent, child), ranges[name]
-        if name == "quant":
-            setattr(parent, child, int8.Quantize(scale, zero_point, torch.quint8))
-            continue
-        if isinstance(layer, nn.Linear):
-            replacement = int8.Linear(layer.in_features, layer.out_features)
-        elif isinstance(layer, nn.Conv2d):
-            sizes = (layer.in_channels, layer.out_channels, layer.kernel_size)
-            rest = (layer.stride, layer.padding, layer.dilation, layer.groups)
-            replacement = int8.Conv2d(*sizes, *rest)
-        else:
-            replacement = int8.QFunctional()
-        if name in weights:
-            replacement.set_weight_bias(weights[name], biases[name])
-        replacement.scale, replacement.zero_point = scale, zero_point
-        setattr(parent, child, replacement)
-    for parent in list(model.modules()):
-        for child, module in list(parent.named_children()):
-            if isinstance(module, nn.BatchNorm2d | nn.ReLU6):
-                setattr(parent, child, nn.Identity())
-    model.dequant = int8.DeQuantize()
-    return model.eval()
+            weight = layer.weight()
+            is_per_channel = weight.qscheme() == torch.per_channel_affine
+            weights[name] = weight.int_repr()
+            scale = weight.q_per_channel_scales() if is_per_channel else torch.tensor([weight.q_scale()])
+            scales[name] = scale.float()
+            biases[name] = layer.bias().detach()
+    return Int8Model(dict(module.architecture), weights, scales, biases, activations)
 
 
 class WeightObserver(eager.ObserverBase):
-    """Scales of a weight (out_channels, ...): one a tensor or one an output channel, zero point 0.
-
-    With 8 bits, a scale is chosen for the largest sum of two weights of one sign that a kernel adds up
-    in 16 bits: those at places 0 and 1, 2 and 3, ... of a filter. With fewer bits no two codes exceed
-    LARGEST_PAIR, and the largest weight decides: it fits, or is clipped by a twelfth at most where that
-    leaves a smaller squared error. To clip more for a still smaller error gained no accuracy, dense or
-    pruned, and cost bytes.
-
-    A scale is the next one of SCALES_AN_OCTAVE, 4 % larger on average, and takes a fifth of the bytes.
-    """
+    """torch's form of `choose_weight_scale`."""
 
     def __init__(
         self, per_channel: bool, bits: int = 8, is_dynamic: bool = False, factory_kwargs=None
     ) -> None:
         super().__init__(torch.qint8, is_dynamic)
-        self.per_channel = per_channel
+        self.per_channel, self.bits = per_channel, bits
         self.qscheme = torch.per_channel_symmetric if per_channel else torch.per_tensor_symmetric
         self.ch_axis = 0 if per_channel else -1
         self.quant_max = 2 ** (bits - 1) - 1
@@ -299,57 +252,12 @@ class WeightObserver(eager.ObserverBase):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Measure the weight; it is returned as it came."""
-        values = weight.detach()
-        # One less than LARGEST_PAIR, since each of the two may be rounded up by a half.
-        scale = torch.maximum(
-            largest_pair(values) / (LARGEST_PAIR - 1), values.abs().flatten(1).amax(1) / self.quant_max
-        )
-        scale = (scale if self.per_channel else scale.max().view(1)).clamp(min=SMALLEST_SCALE)
-        codes = scale_codes(scale)
-        fitting, clipping = scale_of(codes), scale_of((codes - 1).clamp(min=0))
-        if 2 * self.quant_max <= LARGEST_PAIR:
-            fitting = torch.where(
-                self._error(values, clipping) < self._error(values, fitting), clipping, fitting
-            )
-        self.scale = fitting
+        self.scale = choose_weight_scale(weight.detach(), self.per_channel, self.bits)
         return weight
 
-    def _error(self, weight: Tensor, scale: Tensor) -> Tensor:
-        """Squared error (out_channels,) or (1,) of the weight in codes of this scale."""
-        values = weight.reshape(len(scale), -1)
-        codes = (values / scale.view(-1, 1)).round().clamp(self.quant_min, self.quant_max)
-        return (codes * scale.view(-1, 1) - values).square().sum(1)
-
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Scales (out_channels,) or (1,), and as many zero points, all 0."""
+        """Return scales (out_channels,) or (1,), and as many zero points, all 0."""
         return self.scale, torch.zeros_like(self.scale, dtype=torch.int)
-
-
-def scale_codes(scales: Tensor) -> Tensor:
-    """The number of the next possible scale of a weight upwards, counted from SMALLEST_SCALE."""
-    octaves = (scales.double() / SMALLEST_SCALE).log2()
-    # A scale that is possible is its own, though it is rounded to a float32.
-    return (SCALES_AN_OCTAVE * octaves - 0.5 - 1e-5).ceil().clamp(min=0).int()
-
-
-def scale_of(codes: Tensor) -> Tensor:
-    """The reverse of `scale_codes`: float32."""
-    octaves = codes.div(SCALES_AN_OCTAVE, rounding_mode="floor")
-    scales = SCALES_OF_AN_OCTAVE.to(codes.device)[codes.remainder(SCALES_AN_OCTAVE)]
-    return torch.ldexp(scales * SMALLEST_SCALE, octaves)
-
-
-def largest_pair(weight: Tensor) -> Tensor:
-    """Largest magnitude (out_channels,) of the sums of weights of one sign at neighbouring places.
-
-    Places are counted as kernels do: the input channel fastest, then the column, then the row.
-    """
-    filters = weight.movedim(1, -1).flatten(1)
-    if filters.shape[1] % 2:
-        filters = nn.functional.pad(filters, (0, 1))
-    pairs = filters.unflatten(1, (-1, 2))
-    positive, negative = pairs.clamp(min=0).sum(2), pairs.clamp(max=0).sum(2)
-    return torch.maximum(positive.amax(1), -negative.amin(1))
 
 
 class ActivationFakeQuantize(eager.FusedMovingAvgObsFakeQuantize):
@@ -362,7 +270,7 @@ class ActivationFakeQuantize(eager.FusedMovingAvgObsFakeQuantize):
         """Follow the range, unless that is held, and round; the shape stays."""
         if distributed.world_size() == 1 or not (self.training and self.observer_enabled):
             return super().forward(activation)
-        # Of a batch, the range depends on its least and its greatest value alone.
+        # The range depends on the smallest and the largest value of the batch alone.
         extremes = torch.stack([-activation.detach().amin(), activation.detach().amax()])
         super().forward(distributed.max_over_processes(extremes) * extremes.new_tensor([-1, 1]))
         self.disable_observer()
@@ -372,88 +280,31 @@ class ActivationFakeQuantize(eager.FusedMovingAvgObsFakeQuantize):
 
 
 class ActivationObserver(eager.HistogramObserver):
-    """The range of an activation that quantizes it to 0..255 with the least squared error.
-
-    A few outliers would widen the range and coarsen all other values; clipping them costs less. The
-    candidates are the seen range with each end drawn in toward zero by the fractions of SHRINKS.
-    """
+    """torch's form of `choose_activation_qparams`."""
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point, each of shape (1,)."""
+        """Return scale and zero point, each of shape (1,)."""
         if self.min_val > self.max_val:
             # Nothing was seen: the addition of a block that has no shortcut.
             return torch.ones(1), torch.zeros(1, dtype=torch.int)
-        bin_width = (self.max_val - self.min_val) / self.bins
-        values = self.min_val + bin_width * (torch.arange(self.bins) + 0.5)
-        values, counts = values[self.histogram > 0], self.histogram[self.histogram > 0]
-        highs = (self.max_val.clamp(min=0) * SHRINKS).unique()
-        candidates = []
-        for low in (self.min_val.clamp(max=0) * SHRINKS).unique():
-            scales = (highs - low).clamp(min=SMALLEST_SCALE)[:, None] / 255
-            zero_points = (-low / scales).round()
-            codes = (values / scales + zero_points).round().clamp(0, 255)
-            errors = (((codes - zero_points) * scales - values).square() * counts).sum(1)
-            best = errors.argmin()
-            candidates.append((errors[best].item(), scales[best], zero_points[best]))
-        _, scale, zero_point = min(candidates, key=lambda candidate: candidate[0])
-        return scale, zero_point.int()
+        return choose_activation_qparams(self.histogram, self.min_val, self.max_val)
 
 
 def _set_observers(model: nn.Module, activation, weight) -> None:
-    """Say what observes the activations and the weights; in front of a ReLU6 nothing does."""
+    """Say what observes the activations and the weights; before a ReLU6 nothing does."""
     model.qconfig = eager.QConfig(activation, weight)
     for sequence in _ending_in_relu6(model):
         sequence[0].qconfig = eager.QConfig(nn.Identity, weight)
 
 
-def _convert(model: nn.Module) -> nn.Module:
-    """Replace, in place, each layer by its int8 form."""
+def _convert(model: nn.Module) -> Int8Model:
+    """Let torch quantize the layers of a model, which is changed, and take the tensors."""
     for sequence in _ending_in_relu6(model):
         sequence[0].activation_post_process = sequence[-1].activation_post_process
         sequence[-1] = nn.Identity()
-    with _quietly():
+    with quietly():
         eager.convert(model, inplace=True)
-        round_biases(model)
-    return model
-
-
-def round_biases(model: nn.Module) -> None:
-    """Make each bias of an int8 model a whole number of accumulator steps, with no needless digits.
-
-    fbgemm takes any float, but other engines and runtimes hold biases as int32; rounded once here, all
-    compute the same.
-    """
-
-    def round_bias(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        weight, bias = layer.weight(), layer.bias()
-        per_channel = weight.qscheme() == torch.per_channel_affine
-        scales = weight.q_per_channel_scales() if per_channel else weight.q_scale()
-        steps = torch.as_tensor(inputs[0].q_scale() * scales, dtype=torch.float64)
-        units = bias_units(steps, layer.scale)
-        layer.set_weight_bias(weight, ((bias.double() / units).round() * units).float())
-
-    layers = [m for m in model.modules() if isinstance(m, int8.Conv2d | int8.Linear)]
-    hooks = [layer.register_forward_pre_hook(round_bias) for layer in layers]
-    with torch.no_grad():
-        model(torch.zeros(1, 3, 32, 32))
-    for hook in hooks:
-        hook.remove()
-
-
-def bias_units(steps: Tensor, output_scale: float) -> Tensor:
-    """Of what the biases of an int8 layer are multiples, float64.
-
-    Args:
-        steps: float64 (out_channels,) or (1,), of the accumulator: the scale of the input times that
-            of the weight.
-        output_scale: of the layer.
-
-    Returns:
-        The steps, each times the power of two that brings it up to 1/BIAS_UNITS_A_STEP of the output's
-        scale, or just below; larger ones stay.
-    """
-    ratio = output_scale / BIAS_UNITS_A_STEP / steps
-    return torch.ldexp(steps, (torch.frexp(ratio).exponent - 1).clamp(min=0))
+        return from_module(model).with_rounded_biases()
 
 
 def _ending_in_relu6(model: nn.Module) -> Iterator[nn.Sequential]:
@@ -463,8 +314,11 @@ def _ending_in_relu6(model: nn.Module) -> Iterator[nn.Sequential]:
 
 
 @contextmanager
-def _quietly():
-    """Torch announces in several warnings that this way of quantizing is deprecated."""
+def quietly() -> Iterator[None]:
+    """Silence the warnings in which torch announces that eager quantization is deprecated."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # One of them comes from C++, once per process, and from jit.load straight to stderr. Brought
+        # about here, it goes through Python and is ignored with the others.
+        torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.qint8)
         yield

@@ -1,0 +1,243 @@
+"""Reads TorchScript files of this project as data: nothing in them is run.
+
+`torch.jit.load` runs whatever code a file holds. Here the weights come through an unpickler that knows
+tensors and nothing else, and the numbers of the graph from its text; the model is then rebuilt from these
+tensors (utils/open_model.py).
+"""
+
+import math
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models import MobileNetV2
+from models.folding import INPUT, fold_batch_norms
+from utils.checkpoints.metadata import Metadata
+from utils.checkpoints.weights import is_torchscript
+from utils.common.errors import UserError, one_line
+from utils.common.files import check_input
+from utils.deployment.torchscript import METADATA_FILE
+from utils.quantization.int8_model import Int8Model, QParams, activation_names, operations_of
+
+LARGEST_TEXT = 2**20
+"""Bytes of metadata, code or pickle."""
+LARGEST_NUMBER_OF_MEMBERS = 4096
+STORAGES = {
+    "FloatStorage": np.float32,
+    "DoubleStorage": np.float64,
+    "LongStorage": np.int64,
+    "ShortStorage": np.int16,
+    "QInt8Storage": np.int8,
+}
+QUANTIZE = re.compile(r"torch\.quantize_per_tensor\(x, ([\d.e+-]+), (\d+), 13\)")
+INT8_OPERATION = re.compile(r"ops\.quantized\.(\w+)\(.*?(?:CONSTANTS\.c(\d+)|\w+), ([\d.e+-]+), (\d+)\)")
+FLOAT_OPERATION = re.compile(r"torch\.(?:_convolution|linear)\(\w+, CONSTANTS\.c(\d+), CONSTANTS\.c(\d+)")
+"""How torch prints the operations of a frozen graph."""
+
+
+def read_torchscript(path: str | os.PathLike) -> tuple[Int8Model | MobileNetV2, Metadata]:
+    """Read a file of `save_torchscript`.
+
+    Returns:
+        The tensors of an int8 model, or a float model with its batch norms folded; and the metadata.
+
+    Raises:
+        UserError: the file is missing, truncated, damaged, not TorchScript or not of this project.
+    """
+    path = check_input(path, "TorchScript file")
+    if not is_torchscript(path):
+        raise UserError(f"{path} is truncated or not a TorchScript file: write or fetch it again")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            metadata = _read_metadata(path, archive)
+            code = _read_code(archive)
+            constants = _read_constants(archive)
+        if metadata.engine is None:
+            return _float_model(metadata, code, constants), metadata
+        return _int8_model(metadata, code, constants), metadata
+    except UserError:
+        raise
+    except Exception as error:
+        # A damaged part raises whatever its reader stumbles over.
+        raise UserError(
+            f"{path} is damaged or not of this project ({one_line(error)[:120]}): write or fetch it again"
+        ) from error
+
+
+def _read_metadata(path: Path, archive: zipfile.ZipFile) -> Metadata:
+    _check_members(archive)
+    damaged = archive.testzip()
+    if damaged is not None:
+        raise UserError(f"{path} is damaged (the checksum of {damaged} is wrong): write or fetch it again")
+    names = [name for name in archive.namelist() if name.endswith(f"/extra/{METADATA_FILE}")]
+    if len(names) != 1:
+        raise UserError(
+            f"{path} is a TorchScript file of another project: only files of "
+            "post_training_quantization.py and quantization_aware_training.py are opened"
+        )
+    try:
+        return Metadata.from_json(_read_text(archive, names[0]).decode())
+    except Exception as error:
+        raise UserError(
+            f"{path} has metadata that cannot be read ({one_line(error)[:120]}): write or fetch it again"
+        ) from error
+
+
+def _check_members(archive: zipfile.ZipFile) -> None:
+    """Make sure that nothing is larger than the file, which stores its members as they are."""
+    members = archive.infolist()
+    if len(members) > LARGEST_NUMBER_OF_MEMBERS:
+        raise ValueError(f"it has {len(members)} parts")
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+            raise ValueError(f"{member.filename} is compressed")
+
+
+def _read_text(archive: zipfile.ZipFile, name: str) -> bytes:
+    if archive.getinfo(name).file_size > LARGEST_TEXT:
+        raise ValueError(f"{name} is larger than {LARGEST_TEXT} bytes")
+    return archive.read(name)
+
+
+def _read_code(archive: zipfile.ZipFile) -> str:
+    names = [name for name in archive.namelist() if re.search(r"/code/__torch__/models/.*\.py$", name)]
+    if len(names) != 1:
+        raise ValueError(f"it has {len(names)} models")
+    return _read_text(archive, names[0]).decode()
+
+
+def _int8_model(metadata: Metadata, code: str, constants: list[Any]) -> Int8Model:
+    names = activation_names(metadata.architecture)
+    shapes = _shapes(metadata)
+    found = [(None, scale, zero_point) for scale, zero_point in QUANTIZE.findall(code)]
+    found += [(index, scale, zero_point) for _, index, scale, zero_point in INT8_OPERATION.findall(code)]
+    weights, scales, biases, activations = {}, {}, {}, {}
+    for name, (index, scale, zero_point) in zip(names, found, strict=True):
+        activations[name] = QParams(float(scale), int(zero_point))
+        if not (activations[name].scale > 0 and 0 <= activations[name].zero_point <= 255):
+            raise ValueError(f"{name} has no range")
+        if name not in shapes:
+            continue
+        weight, biases[name] = constants[int(index)].weight_and_bias()
+        weights[name], scales[name] = weight.values, weight.scales
+        expected = shapes[name], (shapes[name][0],)
+        if (weights[name].shape, biases[name].shape) != expected or weight.values.dtype != torch.int8:
+            raise ValueError(f"{name} has another shape or type")
+        if len(weight.scales) not in (1, shapes[name][0]):
+            raise ValueError(f"{name} has {len(weight.scales)} scales")
+    if INPUT not in activations or list(weights) != list(shapes):
+        raise ValueError("its graph is not that of an int8 MobileNetV2 of its architecture")
+    return Int8Model(metadata.architecture, weights, scales, biases, activations)
+
+
+def _float_model(metadata: Metadata, code: str, constants: list[Any]) -> MobileNetV2:
+    with torch.device("meta"):
+        model = fold_batch_norms(MobileNetV2(**metadata.architecture))
+    state = {}
+    layers = list(_shapes(metadata))
+    for name, (weight, bias) in zip(layers, FLOAT_OPERATION.findall(code), strict=True):
+        state |= {f"{name}.weight": constants[int(weight)], f"{name}.bias": constants[int(bias)]}
+    if any(tensor.dtype != torch.float32 for tensor in state.values()):
+        raise ValueError("a weight is not float32")
+    # Copies, since equal tensors stand in the file once.
+    model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+    return model.eval()
+
+
+def _shapes(metadata: Metadata) -> dict[str, torch.Size]:
+    operations = operations_of(metadata.architecture)
+    return {op.name: op.layer.weight.shape for op in operations if op.layer is not None}
+
+
+class _Quantized:
+    """A quantized weight: int8 values and float32 scales."""
+
+    def __init__(self, values: Tensor, scales: Tensor) -> None:
+        self.values, self.scales = values, scales.float()
+        if not (torch.equal(self.scales.double(), scales) and scales.isfinite().all() and (scales > 0).all()):
+            raise ValueError("a scale is not a positive float32")
+
+
+class _PackedParameters:
+    """A holder for what torch packs into one object: weight and bias of a convolution or linear layer."""
+
+    def __setstate__(self, state: tuple) -> None:
+        self.state = state
+
+    def weight_and_bias(self) -> tuple[_Quantized, Tensor]:
+        tensors: list[Any] = []
+        pending = [self.state]
+        while pending:
+            one = pending.pop(0)
+            pending = [*one, *pending] if isinstance(one, list | tuple) else pending
+            tensors += [one] if isinstance(one, Tensor | _Quantized) else []
+        (weight,) = [one for one in tensors if isinstance(one, _Quantized)]
+        (bias,) = [one for one in tensors if isinstance(one, Tensor) and one.dtype == torch.float32]
+        return weight, bias.clone()
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds tensors, lists and holders of packed parameters; refuses everything else."""
+
+    def __init__(self, file: IO[bytes], archive: zipfile.ZipFile, folder: str) -> None:
+        super().__init__(file)
+        self.archive, self.folder = archive, folder
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = {
+            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+            ("torch._utils", "_rebuild_qtensor"): _rebuild_quantized,
+            ("torch.jit._pickle", "build_tensorlist"): list,
+            ("torch.jit._pickle", "restore_type_tag"): lambda value, _tag: value,
+            ("collections", "OrderedDict"): dict,
+            ("torch", "per_channel_affine"): "per_channel_affine",
+            ("torch", "per_tensor_affine"): "per_tensor_affine",
+            ("__torch__.torch.classes.quantized", "Conv2dPackedParamsBase"): _PackedParameters,
+            ("__torch__.torch.classes.quantized", "LinearPackedParamsBase"): _PackedParameters,
+        }
+        if (module, name) in known:
+            return known[module, name]
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
+        raise ValueError(f"it holds {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> np.ndarray:
+        _, dtype, key, _, _ = pid
+        return np.frombuffer(self.archive.read(f"{self.folder}/constants/{key}"), dtype)
+
+
+def _rebuild_tensor(
+    storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+) -> Tensor:
+    """Return a contiguous copy. A tensor that repeats bytes of the file is refused, whatever its size."""
+    if offset != 0 or math.prod(size) != len(storage) or len(size) != len(stride):
+        raise ValueError("a tensor does not fill its storage")
+    if sum((n - 1) * step for n, step in zip(size, stride, strict=True)) >= max(1, len(storage)):
+        raise ValueError("a tensor reaches beyond its storage")
+    return torch.from_numpy(storage.copy()).as_strided(size, stride).contiguous()
+
+
+def _rebuild_quantized(
+    storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], qscheme: tuple, *_: Any
+) -> _Quantized:
+    values = _rebuild_tensor(storage, offset, size, stride)
+    kind, scale, zero_point, *_ = qscheme
+    if kind == "per_tensor_affine":
+        scale, zero_point = torch.tensor([scale], dtype=torch.float64), torch.tensor([zero_point])
+    if zero_point.any():
+        raise ValueError("a weight is not symmetric")
+    return _Quantized(values, scale)
+
+
+def _read_constants(archive: zipfile.ZipFile) -> list[Any]:
+    (name,) = [name for name in archive.namelist() if name.endswith("/constants.pkl")]
+    _read_text(archive, name)
+    with archive.open(name) as file:
+        return list(_Unpickler(file, archive, name.rpartition("/")[0]).load())

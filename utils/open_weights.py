@@ -1,0 +1,27 @@
+"""Opens a file of any kind that holds float weights."""
+
+import os
+
+from utils.checkpoints.weights import Weights, read_pickle, weights_from_content
+from utils.common.files import check_input
+from utils.packing.float_weights import read_weights
+from utils.packing.format import is_packed
+
+
+def open_weights(
+    path: str | os.PathLike, kinds: str | tuple[str, ...] = "float", output_stride: int | None = None
+) -> Weights:
+    """Rebuild a model from its file.
+
+    Args:
+        path: weights (.pth), packed float weights, or a bare state_dict of torchvision's MobileNetV2.
+        kinds: the kinds that the caller takes, one or several of MODEL_CLASSES.
+        output_stride: replaces the file's own; the weights do not depend on it.
+
+    Raises:
+        UserError: the file is missing, truncated, not weights, of another kind, or does not fit the
+            architecture.
+    """
+    path = check_input(path, "weights file")
+    content = read_weights(path) if is_packed(path) else read_pickle(path)
+    return weights_from_content(path, content, kinds, output_stride)

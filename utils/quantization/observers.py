@@ -1,0 +1,123 @@
+"""How scales and zero points are chosen: plain tensors in, plain tensors out.
+
+Weights are scaled so that no kernel overflows. Kernels for x86 CPUs without VNNI, and fbgemm's depthwise
+ones on any, add two neighbouring products in 16 bits, which saturates without a word
+(2 * 255 * 127 > 32767). torch's answer is to halve the range of all activations (`reduce_range`); here two
+neighbouring weights of a filter add up to 128 at most, which costs less and gives the same numbers on
+every CPU.
+
+Scales of weights take few different values (`scale_from_index`), since a model has thousands of them,
+which a packed file holds as well.
+"""
+
+import torch
+from torch import Tensor, nn
+
+LARGEST_PAIR = 128
+"""Two int8 weights of this sum, times activations of 255, make 32640: a 16-bit number."""
+SMALLEST_SCALE = 2.0**-20
+"""A channel without any weight would have scale 0, by which its bias is divided."""
+SCALES_PER_OCTAVE = 8
+"""Scales of weights are 2**((k + 0.5) / 8). Without the half, the scale of a layer's input times that of
+a weight would be a power of two times that of the output wherever both activations take all of ReLU6's
+range, and many sums would lie halfway between two quantized values, where engines round differently."""
+SCALES_OF_AN_OCTAVE = torch.tensor([2 ** ((k + 0.5) / SCALES_PER_OCTAVE) for k in range(SCALES_PER_OCTAVE)])
+SHRINKS = torch.linspace(1.0, 0.3, 36)
+"""Fractions of the observed range that are tried for an activation."""
+
+
+def choose_weight_scale(weight: Tensor, per_channel: bool, bits: int = 8) -> Tensor:
+    """Choose the scale of a symmetric int8 weight (out_channels, ...).
+
+    With 8 bits, a scale is chosen for the largest sum of two weights of one sign that a kernel adds up
+    in 16 bits: those at places 0 and 1, 2 and 3, ... of a filter. With fewer bits no two quantized values
+    exceed LARGEST_PAIR, and the largest weight decides: it fits, or is clipped by a twelfth at most where
+    that leaves a smaller squared error. To clip more for a still smaller error gained no accuracy, dense
+    or pruned, and cost bytes.
+
+    A scale is the next one of SCALES_PER_OCTAVE, 4 % larger on average, and takes a fifth of the bytes.
+
+    Args:
+        weight: float32.
+        per_channel: whether each output channel gets a scale of its own.
+        bits: quantized values span -(2**(bits - 1) - 1) to 2**(bits - 1) - 1.
+
+    Returns:
+        float32 (out_channels,) or (1,).
+    """
+    largest = 2 ** (bits - 1) - 1
+    # One less than LARGEST_PAIR, since each of the two may be rounded up by a half.
+    scale = torch.maximum(
+        largest_pair(weight) / (LARGEST_PAIR - 1), weight.abs().flatten(1).amax(1) / largest
+    )
+    scale = (scale if per_channel else scale.max().view(1)).clamp(min=SMALLEST_SCALE)
+    index = scale_index(scale)
+    fitting, clipping = scale_from_index(index), scale_from_index((index - 1).clamp(min=0))
+    if 2 * largest > LARGEST_PAIR:
+        return fitting
+    errors = [_squared_error(weight, candidate, largest) for candidate in (clipping, fitting)]
+    return torch.where(errors[0] < errors[1], clipping, fitting)
+
+
+def _squared_error(weight: Tensor, scale: Tensor, largest: int) -> Tensor:
+    """Return the squared error (out_channels,) or (1,) of the weight at this scale."""
+    values = weight.reshape(len(scale), -1)
+    quantized = (values / scale.view(-1, 1)).round().clamp(-largest, largest)
+    return (quantized * scale.view(-1, 1) - values).square().sum(1)
+
+
+def scale_index(scales: Tensor) -> Tensor:
+    """Return the number of the next possible scale of a weight upwards, counted from SMALLEST_SCALE."""
+    octaves = (scales.double() / SMALLEST_SCALE).log2()
+    # A scale that is possible is its own, though it is rounded to a float32.
+    return (SCALES_PER_OCTAVE * octaves - 0.5 - 1e-5).ceil().clamp(min=0).int()
+
+
+def scale_from_index(index: Tensor) -> Tensor:
+    """Return the scale that `scale_index` numbers: float32."""
+    octaves = index.div(SCALES_PER_OCTAVE, rounding_mode="floor")
+    scales = SCALES_OF_AN_OCTAVE.to(index.device)[index.remainder(SCALES_PER_OCTAVE)]
+    return torch.ldexp(scales * SMALLEST_SCALE, octaves)
+
+
+def largest_pair(weight: Tensor) -> Tensor:
+    """Return the largest magnitude (out_channels,) of the sums of neighbouring weights of one sign.
+
+    Places are counted as kernels do: the input channel fastest, then the column, then the row.
+    """
+    filters = weight.movedim(1, -1).flatten(1)
+    if filters.shape[1] % 2:
+        filters = nn.functional.pad(filters, (0, 1))
+    pairs = filters.unflatten(1, (-1, 2))
+    positive, negative = pairs.clamp(min=0).sum(2), pairs.clamp(max=0).sum(2)
+    return torch.maximum(positive.amax(1), -negative.amin(1))
+
+
+def choose_activation_qparams(histogram: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose the scale and zero point that quantize an activation to 0..255 with the least squared error.
+
+    A few outliers would widen the range and coarsen all other values; clipping them costs less. The
+    candidates are the observed range with each end drawn in toward zero by the fractions of SHRINKS.
+
+    Args:
+        histogram: counts (bins,) of the values between `low` and `high`.
+        low: smallest value seen, a scalar.
+        high: largest value seen.
+
+    Returns:
+        Scale (float32) and zero point (int32), each of shape (1,).
+    """
+    bins = len(histogram)
+    values = low + (high - low) / bins * (torch.arange(bins) + 0.5)
+    values, counts = values[histogram > 0], histogram[histogram > 0]
+    ends = (high.clamp(min=0) * SHRINKS).unique()
+    candidates = []
+    for start in (low.clamp(max=0) * SHRINKS).unique():
+        scales = (ends - start).clamp(min=SMALLEST_SCALE)[:, None] / 255
+        zero_points = (-start / scales).round()
+        quantized = (values / scales + zero_points).round().clamp(0, 255)
+        errors = (((quantized - zero_points) * scales - values).square() * counts).sum(1)
+        best = errors.argmin()
+        candidates.append((errors[best].item(), scales[best], zero_points[best]))
+    _, scale, zero_point = min(candidates, key=lambda candidate: candidate[0])
+    return scale, zero_point.int()
