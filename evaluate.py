@@ -53,17 +53,18 @@ def describe_accuracy(split: str, evaluation: Evaluation, class_names: tuple[str
 
 
 def describe_model(file: ModelFile) -> str:
-    """What the model holds and costs, a line each."""
+    """Say what the model holds and costs, one line each."""
+    metadata = file.metadata
     return format_table(
-        ["model", file.variant],
+        ["model", metadata.variant],
         [
-            ("parameters", f"{file.parameters:,}"),
-            ("nonzero", f"{file.nonzeros:,}"),
-            ("density %", f"{100 * file.density:.2f}"),
-            ("size dense, MB", f"{file.dense_size_mb:.2f}"),
-            ("size of the nonzeros, MB", f"{file.nonzero_size_mb:.2f}"),
+            ("parameters", f"{metadata.parameters:,}"),
+            ("nonzero", f"{metadata.nonzeros:,}"),
+            ("density %", f"{100 * metadata.density:.2f}"),
+            ("size dense, MB", f"{metadata.dense_size_mb:.2f}"),
+            ("size of the nonzeros, MB", f"{metadata.nonzero_size_mb:.2f}"),
             ("size of the file, MB", f"{file_size_mb(file.path):.2f}"),
-            (f"MACs an image of {file.image_size}x{file.image_size}", f"{file.macs:,}"),
+            (f"MACs an image of {metadata.image_size}x{metadata.image_size}", f"{metadata.macs:,}"),
         ],
     )
 
@@ -71,9 +72,10 @@ def describe_model(file: ModelFile) -> str:
 def as_record(
     file: ModelFile, split: str, evaluation: Evaluation, class_names: tuple[str, ...]
 ) -> dict[str, Any]:
-    """The same numbers under their names."""
+    """Return the same numbers by name, for --record."""
+    metadata = file.metadata
     return {
-        "variant": file.variant,
+        "variant": metadata.variant,
         "split": split,
         "accuracy_pct": evaluation.accuracy_pct,
         "correct": evaluation.correct,
@@ -81,14 +83,14 @@ def as_record(
         "loss": evaluation.loss,
         "correct_by_class": dict(zip(class_names, evaluation.correct_by_class, strict=True)),
         "total_by_class": dict(zip(class_names, evaluation.total_by_class, strict=True)),
-        "parameters": file.parameters,
-        "nonzeros": file.nonzeros,
-        "density": file.density,
-        "dense_size_mb": file.dense_size_mb,
-        "nonzero_size_mb": file.nonzero_size_mb,
+        "parameters": metadata.parameters,
+        "nonzeros": metadata.nonzeros,
+        "density": metadata.density,
+        "dense_size_mb": metadata.dense_size_mb,
+        "nonzero_size_mb": metadata.nonzero_size_mb,
         "file_size_mb": file_size_mb(file.path),
-        "macs": file.macs,
-        "image_size": file.image_size,
+        "macs": metadata.macs,
+        "image_size": metadata.image_size,
     }
 
 
@@ -113,7 +115,7 @@ def main(args: argparse.Namespace) -> None:
     runtime.check_record(args)
     file = open_model(args.weights, args.output_stride, ALL_KINDS)
     device = device_for(file, args)
-    data = load_data(args, file.image_size)
+    data = load_data(args, file.metadata.image_size)
     normalization = file.fit(data)
     split = data.split(args.split)
     batches = tqdm(

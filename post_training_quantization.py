@@ -7,7 +7,8 @@ only reported on. Three TorchScript files are written, which run without this re
 import argparse
 from pathlib import Path
 
-from utils.checkpoints.weights import complete, load_weights
+from models.folding import fold_batch_norms
+from utils.checkpoints.weights import complete
 from utils.common import cli, errors, runtime
 from utils.common.files import check_output
 from utils.data.datasets import load_data
@@ -19,10 +20,10 @@ from utils.deployment.comparison import (
     deploy,
     format_comparison,
 )
+from utils.open_weights import open_weights
 from utils.quantization.bias_correction import correct_biases
 from utils.quantization.eager import (
     calibrate,
-    fold_batch_norms,
     post_training_quantize,
     use_engine,
 )
@@ -52,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
         for variant in VARIANTS
     }
     runtime.check_record(args)
-    weights = load_weights(args.weights, "qmodel")
+    weights = open_weights(args.weights, "qmodel")
     data = load_data(args, weights.image_size)
     weights = complete(args.weights, weights, data)
 

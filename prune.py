@@ -18,7 +18,6 @@ from utils.checkpoints.weights import (
     Weights,
     add_output_stride_argument,
     complete,
-    load_weights,
     save_weights,
 )
 from utils.common import cli, distributed, errors, files, runtime
@@ -28,6 +27,7 @@ from utils.common.tables import format_table
 from utils.data.datasets import ImageData, load_data
 from utils.data.loader import Batches
 from utils.evaluation import Evaluation, evaluate
+from utils.open_weights import open_weights
 from utils.pruning.pruner import CubicRamp, FineGrainedPruner
 from utils.pruning.sparsity_dict import MEANING, read_sparsity_dict
 from utils.training.compilation import add_compile_argument, check_compiler
@@ -203,7 +203,7 @@ def main(args: argparse.Namespace) -> None:
     device = choose_device(args)
     check_amp(args, device)
     check_compiler(args, device)
-    weights = load_weights(args.weights, output_stride=args.output_stride)
+    weights = open_weights(args.weights, output_stride=args.output_stride)
     keep_ratios = read_sparsity_dict(args.sparsity_dict, prunable_layers(weights.model))
     data = load_data(args, weights.image_size)
     weights = complete(args.weights, weights, data)

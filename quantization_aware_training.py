@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from utils.checkpoints.weights import Weights, complete, load_weights
+from models.folding import fold_batch_norms
+from utils.checkpoints.weights import Weights, complete
 from utils.common import cli, distributed, errors, runtime
 from utils.common.devices import add_device_argument, choose_device
 from utils.data.datasets import ImageData, load_data
@@ -24,16 +25,18 @@ from utils.deployment.comparison import (
     format_comparison,
 )
 from utils.evaluation import evaluate
+from utils.open_weights import open_weights
 from utils.pruning.pruner import FineGrainedPruner
 from utils.quantization.eager import (
     calibrate_qat,
     convert_qat,
-    fold_batch_norms,
     freeze_batch_norms,
     freeze_ranges,
     prepare_qat,
+    to_module,
     use_engine,
 )
+from utils.quantization.int8_model import Int8Model
 from utils.training.distillation import add_distillation_arguments, load_teacher, training_loss
 from utils.training.loop import (
     Progress,
@@ -106,7 +109,7 @@ def int8_on_val(
     if not len(data.val):
         return lambda: (model, None)
     val = Batches(data.val, weights.normalization, args.batch_size, limit=args.num_eval_batches, shared=True)
-    return lambda: (model, evaluate(convert_qat(model), val, shared=True).accuracy_pct)
+    return lambda: (model, evaluate(to_module(convert_qat(model)), val, shared=True).accuracy_pct)
 
 
 def train(
@@ -115,7 +118,7 @@ def train(
     data: ImageData,
     device: torch.device,
     args: argparse.Namespace,
-) -> tuple[nn.Module, Progress]:
+) -> tuple[Int8Model, Progress]:
     """Quantization-aware training on a device; the int8 model of its best epoch."""
     has_batch_norms = args.freeze_batch_norms > 0
     model = prepare_qat(weights.model, args.weight_bits, has_batch_norms).to(device)
@@ -147,7 +150,7 @@ def main(args: argparse.Namespace) -> None:
     use_engine(args.backend)
     check_training_outputs(args)
     device = choose_device(args, DEVICES)
-    weights = load_weights(args.weights, "qmodel")
+    weights = open_weights(args.weights, "qmodel")
     data = load_data(args, weights.image_size)
     weights = complete(args.weights, weights, data)
     weights.model.to(memory_format=torch.channels_last)

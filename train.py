@@ -13,13 +13,14 @@ from torch import nn
 from models import MobileNetV2, ResNet18
 from models.mobilenetv2 import OUTPUT_STRIDES
 from utils.checkpoints.foreign import load_pretrained
-from utils.checkpoints.weights import Weights, load_weights, save_weights
+from utils.checkpoints.weights import Weights, save_weights
 from utils.common import cli, distributed, errors, files, runtime
 from utils.common.devices import add_device_argument, choose_device
 from utils.common.errors import UserError
 from utils.data.datasets import load_data, measure_normalization
 from utils.data.loader import Batches
 from utils.evaluation import evaluate
+from utils.open_weights import open_weights
 from utils.training.compilation import add_compile_argument, check_compiler
 from utils.training.distillation import add_distillation_arguments, load_teacher, training_loss
 from utils.training.kernels.layers import use_fast_layers
@@ -133,7 +134,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> MobileNetV2 | Res
     else:
         model = MobileNetV2(num_classes, args.width_mult, args.dropout, args.output_stride)
     if args.weights:
-        given = load_weights(args.weights, KINDS[args.model], args.output_stride).model
+        given = open_weights(args.weights, KINDS[args.model], args.output_stride).model
         for name in ("width_mult", "num_classes"):
             theirs, ours = given.architecture.get(name), model.architecture.get(name)
             if theirs != ours:

@@ -5,10 +5,6 @@ Float and int8: ours, that of each runtime's own static quantization, and ours c
 medians are compared. Nobody wins by being wrong: an int8 model whose logits lie more than twice as
 far from those of the float model as ours do (root mean square) is shown but not counted.
 
-The arithmetic limit is the time that the multiply-adds of the net take if a core does nothing but
-int8 ones at its full rate (benchmarks/vnni.py measures that rate). A share of 100 % is out of reach:
-depthwise layers, requantization and moving data are not free.
-
 Without --weights the model is drawn at random, with settled batch norms, at output stride 32 unless
 --output_stride says otherwise: times do not depend on what it has learned.
 """
@@ -29,15 +25,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.other_runtimes import Contestant, Run, onnxruntime_contestants, openvino_contestants
-from benchmarks.vnni import peak_macs_per_s
 from models import MobileNetV2, MobileNetV2Quantization
+from models.folding import fold_batch_norms
 from models.statistics import count_macs
 from utils.checkpoints.weights import (
     MOBILENETV2_KINDS,
     Weights,
     add_output_stride_argument,
     complete,
-    load_weights,
 )
 from utils.common import cli, errors, runtime
 from utils.common.errors import UserError
@@ -47,10 +42,12 @@ from utils.data.datasets import ImageData, load_data
 from utils.data.loader import Batches
 from utils.deployment.latency import Latency, measure_fastest_forms
 from utils.deployment.onnx import to_onnx
-from utils.deployment.torchscript import float_forms, fresh_copy, to_torchscript
-from utils.open_model import ModelFile
+from utils.deployment.torchscript import float_forms, to_torchscript
+from utils.open_model import metadata_of
+from utils.open_weights import open_weights
 from utils.quantization import eager as quantization
 from utils.quantization.bias_correction import correct_biases
+from utils.quantization.int8_model import Int8Model
 
 OURS, FLOAT = "TorchScript int8", "TorchScript float"
 SETTLING_BATCHES = 8
@@ -114,39 +111,19 @@ def random_weights(data: ImageData, output_stride: int) -> Weights:
     return weights
 
 
-def as_file(weights: Weights, model: torch.nn.Module, variant: str) -> ModelFile:
-    """The model as `open_model` would give it, for `to_onnx`."""
-    return ModelFile(
-        path=Path(variant),
-        variant=variant,
-        model=model,
-        architecture=weights.model.architecture,
-        class_names=weights.class_names,
-        normalization=weights.normalization,
-        image_size=weights.image_size,
-        engine=None,
-        **dict.fromkeys(("parameters", "nonzeros", "macs", "dense_size_mb", "nonzero_size_mb"), 0),
-    )
-
-
 def torchscript_contestants(
-    weights: Weights, calibration: Batches, engines: list[str]
+    folded: MobileNetV2, int8: Int8Model, side: int, engines: list[str]
 ) -> dict[str, Contestant]:
-    """Ours: float in each of its forms, int8 with each engine."""
-    calibrated = quantization.calibrate(weights.model, calibration)
-    quantization.use_engine(engines[0])
-    folded = quantization.fold_batch_norms(weights.model)
-    model = quantization.post_training_quantize(calibrated, per_channel=True)
-    int8 = to_torchscript(correct_biases(model, folded, calibration), weights.image_size)
+    """Return ours: float in each of its forms, int8 with each engine."""
 
     def start(_threads: int, _batch_size: int) -> dict[str, Run]:
         runs = {}
         for engine in engines:
             quantization.use_engine(engine)
-            runs[engine] = fresh_copy(int8)  # kernels are made for the first batch
+            runs[engine] = to_torchscript(int8, side)  # kernels are made for the first batch
         return runs
 
-    floats = float_forms(folded, weights.image_size)
+    floats = float_forms(folded, side)
     return {
         FLOAT: Contestant(lambda threads, batch_size: floats, torch.channels_last),
         OURS: Contestant(start, torch.channels_last),
@@ -184,12 +161,13 @@ def gather(
     """All contestants, quantized on the same training images."""
     limit = args.num_calibration_batches
     batches = Batches(data.train, weights.normalization, 32, shuffle=True, limit=limit, seed=args.seed)
-    contestants = torchscript_contestants(weights, batches, args.backends)
-    int8 = contestants[OURS].start(1, 1)[args.backends[0]]
-    float_model, our_int8 = (
-        to_onnx(as_file(weights, model, variant)).SerializeToString()
-        for variant, model in (("float", weights.model), ("ptq_per_channel", int8))
-    )
+    quantization.use_engine(args.backends[0])
+    folded = fold_batch_norms(weights.model)
+    calibrated = quantization.calibrate(weights.model, batches)
+    int8 = correct_biases(quantization.post_training_quantize(calibrated, per_channel=True), folded, batches)
+    contestants = torchscript_contestants(folded, int8, weights.image_size, args.backends)
+    metadata = metadata_of(weights)
+    float_model, our_int8 = (to_onnx(model, metadata).SerializeToString() for model in (folded, int8))
     calibration = [images.contiguous() for images, _ in batches]
     for other in others:
         contestants |= other(float_model, our_int8, calibration)
@@ -244,7 +222,6 @@ def rows_of(
     measured: dict[str, tuple[str, Latency]],
     outputs: dict[str, dict[str, float]],
     threads: int,
-    limit_ms: float | None,
 ) -> list[dict[str, Any]]:
     """A row a contestant; `times_ours` is its time divided by that of our int8."""
     ours, allowed = measured[OURS][1], LARGEST_ERROR * outputs[OURS]["rms_error"]
@@ -258,7 +235,6 @@ def rows_of(
                 "model": name if form == "default" else f"{name}, {form}",
                 "median_latency_ms": latency.median_ms,
                 "times_ours": ours.speedup_over(latency),
-                "limit_pct": 100 * limit_ms / latency.median_ms if limit_ms and is_int8 else None,
                 **outputs[name],
                 "counts": is_int8 and name != OURS and outputs[name]["rms_error"] <= allowed,
             }
@@ -269,13 +245,12 @@ def rows_of(
 def format_rows(rows: list[dict[str, Any]]) -> str:
     """The table of one case."""
     return format_table(
-        ["model", "median ms", "times ours", "% of limit", "same class %", "rms error", "largest", "test %"],
+        ["model", "median ms", "times ours", "same class %", "rms error", "largest", "test %"],
         [
             [
                 row["model"],
                 f"{row['median_latency_ms']:.3f}",
                 row["times_ours"],
-                None if row["limit_pct"] is None else f"{row['limit_pct']:.1f}",
                 row["same_class_pct"],
                 f"{row['rms_error']:.1e}",
                 f"{row['largest_error']:.1e}",
@@ -298,7 +273,7 @@ def main(args: argparse.Namespace) -> None:
         quantization.use_engine(engine)
     others = find_others()
     stride = args.output_stride
-    weights = load_weights(args.weights, MOBILENETV2_KINDS, stride) if args.weights else None
+    weights = open_weights(args.weights, MOBILENETV2_KINDS, stride) if args.weights else None
     data = load_data(args, weights and weights.image_size)
     weights = complete(args.weights, weights, data) if weights else random_weights(data, stride or 32)
     weights = replace(weights, model=MobileNetV2Quantization.from_float(weights.model))
@@ -306,24 +281,20 @@ def main(args: argparse.Namespace) -> None:
 
     contestants = gather(others, weights, data, args)
     outputs = compare_outputs(contestants, weights, data, args.num_images)
-    peak = peak_macs_per_s()
     print(f"torch {torch.__version__}, {runtime.cpu_name()}, {macs / 1e6:.2f} million MACs an image")
-    print(f"int8 limit of a core: {f'{peak / 1e9:.0f} GMAC/s' if peak else 'not known, no AVX-512 VNNI'}")
 
     rows, ratios = [], []
     for threads, batch_size in itertools.product(args.thread_counts, args.batch_sizes):
         measured = time_case(contestants, weights.image_size, threads, batch_size, args.rounds)
-        limit_ms = 1000 * macs * batch_size / (peak * threads) if peak else None
-        case = rows_of(measured, outputs, threads, limit_ms)
-        limit = f", limit {limit_ms:.3f} ms" if limit_ms else ""
-        print(f"\nthreads {threads}, batch size {batch_size}{limit}\n{format_rows(case)}", flush=True)
+        case = rows_of(measured, outputs, threads)
+        print(f"\nthreads {threads}, batch size {batch_size}\n{format_rows(case)}", flush=True)
         rows += case
         counted = [row for row in case if row["counts"]]
         if counted:
             best = min(counted, key=lambda row: row["times_ours"])
             ratios.append((1 / best["times_ours"], best))
     if args.record:
-        runtime.write_record(args.record, args, {"macs": macs, "peak_macs_per_s": peak, "rows": rows})
+        runtime.write_record(args.record, args, {"macs": macs, "rows": rows})
     if not ratios:
         raise UserError("no other int8 model gives the outputs of the float one: see the column rms error")
     ratio, best = max(ratios, key=lambda pair: pair[0])

@@ -20,13 +20,14 @@ import torch
 
 from models import MobileNetV2
 from models.mobilenetv2 import OUTPUT_STRIDES
-from utils.checkpoints.weights import Weights, complete, load_weights
+from utils.checkpoints.weights import Weights, complete
 from utils.common import cli, errors, runtime
 from utils.common.errors import UserError
 from utils.common.tables import format_table
 from utils.data.datasets import ImageData, load_data
 from utils.data.loader import Batches
 from utils.evaluation import Evaluation, evaluate
+from utils.open_weights import open_weights
 from utils.pruning.prefix_evaluation import LOSS_DECIMALS
 from utils.pruning.pruner import FineGrainedPruner
 from utils.pruning.sensitivity import Point, measure, scan_plan
@@ -65,7 +66,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def load_or_draw_weights(args: argparse.Namespace) -> tuple[Weights, ImageData]:
     """The weights to scan and the images that fit them."""
     if args.weights:
-        weights = load_weights(args.weights)
+        weights = open_weights(args.weights)
         data = load_data(args, weights.image_size)
         return complete(args.weights, weights, data), data
     data = load_data(args)

@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.statistics import model_statistics
 from prune import format_density, format_layers
-from utils.checkpoints.weights import load_weights
 from utils.common import cli, errors, files
 from utils.common.errors import UserError
+from utils.open_weights import open_weights
 from utils.pruning.allocation import (
     DEFAULT_METHOD,
     GROUPS,
@@ -98,7 +98,7 @@ def main(args: argparse.Namespace) -> None:
             "--method sensitivity and --scanning_log go together: give both, "
             "the log is written by scripts/sensitivity_scan.py"
         )
-    weights = load_weights(args.weights)
+    weights = open_weights(args.weights)
     statistics = model_statistics(weights.model, weights.image_size)
     descriptions = describe_layers(statistics.layers)
     limits = layer_limits(

@@ -69,9 +69,10 @@ def open_files(args: argparse.Namespace) -> dict[str, ModelFile]:
     files = {path: open_model(path, args.output_stride) for path in dict.fromkeys(args.model_file)}
     first = files[args.model_file[0]]
     for file in files.values():
-        if file.image_size != first.image_size:
+        sides = file.metadata.image_size, first.metadata.image_size
+        if sides[0] != sides[1]:
             raise UserError(
-                f"{file.path} takes images of {file.image_size} pixels, {first.path} of {first.image_size}: "
+                f"{file.path} takes images of {sides[0]} pixels, {first.path} of {sides[1]}: "
                 "give files of one image size"
             )
     return files
@@ -79,9 +80,9 @@ def open_files(args: argparse.Namespace) -> dict[str, ModelFile]:
 
 def forms_of(file: ModelFile) -> dict[str, Callable[[Tensor], Tensor]]:
     """The ways to run the file's model that are timed; the fastest one is shown."""
-    if file.engine:
-        return {f"TorchScript, engine {file.engine}": file.model}
-    return float_forms(file.model, file.image_size)
+    if file.metadata.engine:
+        return {f"TorchScript, engine {file.metadata.engine}": file.model}
+    return float_forms(file.model, file.metadata.image_size)
 
 
 def rows_of(files: dict[str, ModelFile], measured: dict[str, Latency]) -> list[dict[str, Any]]:
@@ -99,7 +100,7 @@ def rows_of(files: dict[str, ModelFile], measured: dict[str, Latency]) -> list[d
             latency.speedup_over(first),
         )
         numbers = {key: round(v, digits) for (key, _, digits), v in zip(COLUMNS, values, strict=True)}
-        rows.append({"file": name, "variant": files[name].variant, **numbers})
+        rows.append({"file": name, "variant": files[name].metadata.variant, **numbers})
     return rows
 
 
@@ -121,7 +122,7 @@ def main(args: argparse.Namespace) -> None:
     if args.csv:
         check_output(args.csv, force=args.force)
     files = open_files(args)
-    image_size = next(iter(files.values())).image_size
+    image_size = next(iter(files.values())).metadata.image_size
     inputs = torch.randn(args.batch_size, 3, image_size, image_size).to(memory_format=torch.channels_last)
 
     fastest = measure_fastest_forms(
@@ -132,7 +133,7 @@ def main(args: argparse.Namespace) -> None:
         before=lambda name: files[name].use_engine(),
     )
     for name, (form, _) in fastest.items():
-        print(f"{name}: {files[name].variant}, {form}")
+        print(f"{name}: {files[name].metadata.variant}, {form}")
     rows = rows_of(files, {name: latency for name, (_, latency) in fastest.items()})
     print(
         f"torch {torch.__version__}, {runtime.cpu_name()}, {torch.get_num_threads()} threads, "

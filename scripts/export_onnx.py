@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from utils.checkpoints.weights import add_output_stride_argument
+from models.folding import fold_batch_norms
+from utils.checkpoints.weights import Weights, add_output_stride_argument
 from utils.common import cli, errors, runtime
 from utils.common.errors import UserError
 from utils.common.files import atomic_write, check_output, file_size_mb
@@ -94,16 +95,18 @@ def main(args: argparse.Namespace) -> None:
     import_optional("onnx", "onnxruntime")
     check_output(args.o, force=args.force)
     file = open_model(args.weights, args.output_stride)
-    data = load_data(args, file.image_size)
+    data = load_data(args, file.metadata.image_size)
     batches = check_batches(file, data, args)
-    file = replace(
-        file,
+    metadata = replace(
+        file.metadata,
         class_names=data.class_names,
         normalization=batches.normalization,
         image_size=data.test.images.shape[-1],
     )
-
-    model = to_onnx(file, args.batch_size)
+    source = file.source
+    if isinstance(source, Weights):
+        source = fold_batch_norms(source.model)
+    model = to_onnx(source, metadata, args.batch_size)
     content = model.SerializeToString(deterministic=True)
     file.use_engine()
     difference = compare_logits(file.model, start_session(content, torch.get_num_threads()), batches)
@@ -113,7 +116,7 @@ def main(args: argparse.Namespace) -> None:
     with atomic_write(args.o) as temporary:
         temporary.write_bytes(content)
     print(
-        f"wrote {args.o} ({file_size_mb(args.o):.2f} MB): {file.variant}, "
+        f"wrote {args.o} ({file_size_mb(args.o):.2f} MB): {metadata.variant}, "
         f"{'any batch size' if args.batch_size is None else f'batch size {args.batch_size}'}"
     )
 

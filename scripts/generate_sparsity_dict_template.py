@@ -13,9 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models import MobileNetV2
 from models.mobilenetv2 import OUTPUT_STRIDES
 from models.statistics import model_statistics
-from utils.checkpoints.weights import Weights, load_weights
+from utils.checkpoints.weights import Weights
 from utils.common import cli, errors, files
 from utils.data.datasets import DEFAULT_IMAGE_SIZE
+from utils.open_weights import open_weights
 from utils.pruning.sparsity_dict import MEANING, describe_layers, write_sparsity_dict
 
 
@@ -52,7 +53,7 @@ def described_model(args: argparse.Namespace) -> Weights:
         raise errors.UserError(
             f"--{next(iter(described))} is what --weights says already: give one of the two"
         )
-    return load_weights(args.weights)
+    return open_weights(args.weights)
 
 
 def main(args: argparse.Namespace) -> None:

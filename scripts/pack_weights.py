@@ -10,12 +10,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import pandas as pd
+import torch
 
+from utils.checkpoints.weights import Weights
 from utils.common import cli, errors
+from utils.common.errors import UserError
 from utils.common.files import BYTES_PER_MB, atomic_write, check_output, file_size_mb
-from utils.common.tables import format_table
-from utils.packing.pack import DTYPES, KINDS, check_same, encode, open_source, packed_sizes
+from utils.open_model import ModelFile, open_model
+from utils.packing.format import PackedFile, is_packed
+from utils.packing.pack import DTYPES, Source, check_same, encode, format_sizes, packed_sizes
+from utils.quantization.int8_model import Int8Model
+
+CHECK_IMAGES = 8
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -33,26 +39,65 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def describe(sizes: pd.DataFrame) -> str:
-    """Where the bytes go, by kind."""
-    by_kind = sizes.groupby("kind")["bytes"].sum()
-    total = int(by_kind.sum())
-    rows = [
-        (kind, int(by_kind[kind]), f"{100 * by_kind[kind] / total:.2f}") for kind in KINDS if kind in by_kind
-    ]
-    return format_table(["in the file", "bytes", "%"], [*rows, ("all", total, "100.00")])
+def source_of(file: ModelFile, dtype: str | None) -> tuple[Source, str]:
+    """Return what is to be packed of a file, and in which type.
+
+    Args:
+        file: of any kind.
+        dtype: --dtype; None for the file's own.
+
+    Raises:
+        UserError: the file cannot be packed in this type.
+    """
+    path, source = file.path, file.source
+    if isinstance(source, Weights):
+        if dtype == "int8":
+            raise UserError(
+                f"{path} holds float weights: quantize them with post_training_quantization.py or "
+                "quantization_aware_training.py, then pack the .pt file that it writes"
+            )
+        return source, dtype or (PackedFile(path).header["dtype"] if is_packed(path) else "float32")
+    if not isinstance(source, Int8Model):
+        raise UserError(
+            f"{path} is a float TorchScript file, whose batch norms are gone: pack the weights (.pth) "
+            "that it was made from"
+        )
+    if dtype not in (None, "int8"):
+        raise UserError(
+            f"{path} is int8, which --dtype {dtype} cannot undo: leave --dtype out, or pack the weights "
+            "(.pth) that it was made from"
+        )
+    return (source, file.metadata), "int8"
+
+
+@torch.inference_mode()
+def check_logits(file: ModelFile, packed: ModelFile) -> None:
+    """Make sure that the packed model computes what it was made from, on a few random images.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    side = file.metadata.image_size
+    images = torch.randn(CHECK_IMAGES, 3, side, side, generator=torch.Generator().manual_seed(0))
+    file.use_engine()
+    if not torch.equal(file.model(images), packed.model(images)):
+        raise RuntimeError(f"{packed.path}: the logits are not those of the model that was packed")
 
 
 def main(args: argparse.Namespace) -> None:
     """Pack, open again, compare, and only then let the file stand."""
     check_output(args.o, force=args.force)
-    source, dtype = open_source(args.weights, args.dtype)
+    file = open_model(args.weights)
+    source, dtype = source_of(file, args.dtype)
     before = file_size_mb(args.weights)
     content = encode(source, dtype)
     with atomic_write(args.o) as temporary:
         temporary.write_bytes(content)
         found = check_same(temporary, source, dtype)
-    print(describe(packed_sizes(args.o)))
+        if dtype == "int8":
+            check_logits(file, open_model(temporary))
+            found += f", logits of {CHECK_IMAGES} random images are equal"
+    print(format_sizes(packed_sizes(args.o)))
     after = len(content) / BYTES_PER_MB
     print(f"checked: {found}")
     print(f"size {before:.3f} MB -> {after:.3f} MB, ratio {before / after:.2f}×")

@@ -11,15 +11,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-from torch import Tensor
-
-from scripts.pack_weights import describe
 from utils.common import cli, errors, files
 from utils.common.errors import UserError
-from utils.layer_weights import file_bytes, has_batch_norms, layer_weights
 from utils.open_model import ModelFile, open_model
-from utils.plots import plot_model
+from utils.packing.pack import format_sizes
+from utils.plots import file_bytes, has_batch_norms, layer_weights, plot_model
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -38,21 +34,13 @@ def check_same_architecture(before: ModelFile, after: ModelFile) -> None:
     Raises:
         UserError: a layer has another shape.
     """
-    shapes = {name: tuple(weight.shape) for name, weight in layer_weights(after).items()}
+    shapes = {name: weight.shape for name, weight in layer_weights(after).items()}
     for name, weight in layer_weights(before).items():
-        if tuple(weight.shape) != shapes[name]:
+        if weight.shape != shapes[name]:
             raise UserError(
-                f"--before {before.path} is of another architecture: {name} is {tuple(weight.shape)} there "
+                f"--before {before.path} is of another architecture: {name} is {weight.shape} there "
                 f"and {shapes[name]} in {after.path}"
             )
-
-
-def as_arrays(weights: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """The values of the weights; of int8 ones, what they stand for."""
-    return {
-        name: (weight.dequantize() if weight.is_quantized else weight).numpy()
-        for name, weight in weights.items()
-    }
 
 
 def main(args: argparse.Namespace) -> None:
@@ -64,15 +52,15 @@ def main(args: argparse.Namespace) -> None:
         compared = {"before": open_model(args.before), "after": after}
         check_same_architecture(*compared.values())
     fold = not all(map(has_batch_norms, compared.values()))
-    histograms = {name: as_arrays(layer_weights(file, fold)) for name, file in compared.items()}
+    histograms = {name: layer_weights(file, fold) for name, file in compared.items()}
     sizes = file_bytes(after)
     title = (
-        f"{after.path.name}: {after.variant}, density {100 * after.density:.2f} %, "
+        f"{after.path.name}: {after.metadata.variant}, density {100 * after.metadata.density:.2f} %, "
         f"{files.file_size_mb(after.path):.2f} MB"
     )
     histogram_of = "weight, batch norm folded in" if fold else "weight"
-    plot_model(args.o, title, as_arrays(layer_weights(after)), sizes, histograms, histogram_of)
-    print(describe(sizes))
+    plot_model(args.o, title, layer_weights(after), sizes, histograms, histogram_of)
+    print(format_sizes(sizes))
     print(f"wrote {args.o}")
 
 

@@ -17,13 +17,14 @@ import torch
 from tqdm import tqdm
 
 from models.statistics import ModelStatistics, model_statistics
-from utils.checkpoints.weights import Weights, add_output_stride_argument, complete, load_weights
+from utils.checkpoints.weights import Weights, add_output_stride_argument, complete
 from utils.common import cli, distributed, errors, files, runtime
 from utils.common.devices import add_device_argument, choose_device
 from utils.common.errors import UserError
 from utils.data.datasets import load_data
 from utils.data.loader import Batches
 from utils.evaluation import evaluate
+from utils.open_weights import open_weights
 from utils.pruning.plots import plot_sensitivity
 from utils.pruning.pruner import kept_count
 from utils.pruning.scanning_log import ScanningLog, scan_id
@@ -146,7 +147,7 @@ def main(args: argparse.Namespace) -> None:
     runtime.set_up(args.seed, args.threads, parallel=True)
     device = choose_device(args)
     plot = check_outputs(args)
-    weights = load_weights(args.weights, output_stride=args.output_stride)
+    weights = open_weights(args.weights, output_stride=args.output_stride)
     data = load_data(args, weights.image_size)
     weights = complete(args.weights, weights, data)
     split = data.split(args.split)

@@ -12,8 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import MobileNetV2Quantization
 from models.statistics import model_statistics
-from utils.checkpoints.weights import add_output_stride_argument, load_weights, save_weights
+from utils.checkpoints.weights import add_output_stride_argument, save_weights
 from utils.common import cli, errors, files
+from utils.open_weights import open_weights
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -29,7 +30,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Convert, and say what is in the file."""
     files.check_output(args.output, force=args.force)
-    weights = load_weights(args.weights, output_stride=args.output_stride)
+    weights = open_weights(args.weights, output_stride=args.output_stride)
     qmodel = replace(weights, model=MobileNetV2Quantization.from_float(weights.model), kind="qmodel")
     save_weights(args.output, qmodel, args)
     statistics = model_statistics(qmodel.model, qmodel.image_size)

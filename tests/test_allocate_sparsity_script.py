@@ -9,8 +9,9 @@ import torch
 
 from models import MobileNetV2, MobileNetV2Quantization
 from models.statistics import model_statistics, prunable_layers
-from utils.checkpoints.weights import Weights, load_weights, save_weights
+from utils.checkpoints.weights import Weights, save_weights
 from utils.evaluation import Evaluation
+from utils.open_weights import open_weights
 from utils.pruning.scanning_log import ScanningLog
 from utils.pruning.sensitivity import scan_plan
 from utils.pruning.sparsity_dict import READ_ONLY_COLUMNS, describe_layers, read_sparsity_dict
@@ -42,7 +43,7 @@ def write_log(path: Path, model, levels=(0.1, 0.4, 0.7), rows: int | None = None
 
 @pytest.fixture(scope="module")
 def scanning_log(tiny_weights, tmp_path_factory) -> Path:
-    return write_log(tmp_path_factory.mktemp("log") / "log.csv", load_weights(tiny_weights).model)
+    return write_log(tmp_path_factory.mktemp("log") / "log.csv", open_weights(tiny_weights).model)
 
 
 @pytest.mark.parametrize("method", ["uniform", "erk", "global", "lamp", "sensitivity", None])
@@ -52,7 +53,7 @@ def test_the_csv_meets_the_target(allocate, tiny_weights, scanning_log, tmp_path
     if method == "sensitivity":
         argv += ("--scanning_log", scanning_log)
     printed = allocate(output, *argv).stdout
-    model = load_weights(tiny_weights).model
+    model = open_weights(tiny_weights).model
     statistics = model_statistics(model, 32)
     ratios = read_sparsity_dict(output, prunable_layers(model))
     gone = sum(round((1 - ratios[layer.name]) * layer.parameters) for layer in statistics.layers)
@@ -87,7 +88,7 @@ def test_prune_takes_the_csv_and_reaches_the_density(
     assert line in done.stdout
     results = json.loads((tmp_path / "p.json").read_text())["results"]
     assert results["nonzeros"] == round(0.271 * results["parameters"])
-    pruned = load_weights(tmp_path / "p.pth").model
+    pruned = open_weights(tmp_path / "p.pth").model
     for name in ("features.0.0", "classifier.1"):
         assert torch.count_nonzero(pruned.get_submodule(name).weight == 0) == 0
     # Pruned once more, to less: what is zero stays out of the count.
@@ -101,7 +102,7 @@ def test_limits_hold(allocate, tiny_weights, tmp_path):
         output, "--spare", "stem", "--keep_at_least", "depthwise=0.8", "features.4.conv.2=0.9",
         "--keep_at_most", "features.18.0=0.05", "--spare", "classifier",
     )  # fmt: skip
-    model = load_weights(tiny_weights).model
+    model = open_weights(tiny_weights).model
     ratios = read_sparsity_dict(output, prunable_layers(model))
     assert ratios["features.0.0"] == ratios["classifier.1"] == 1.0
     assert ratios["features.4.conv.2"] >= 0.899
@@ -113,7 +114,7 @@ def test_limits_hold(allocate, tiny_weights, tmp_path):
 def test_sensitivity_prunes_the_layers_that_bear_it(allocate, tiny_weights, scanning_log, tmp_path):
     output = tmp_path / "s.csv"
     allocate(output, "--method", "sensitivity", "--scanning_log", scanning_log, target=0.5)
-    ratios = read_sparsity_dict(output, prunable_layers(load_weights(tiny_weights).model))
+    ratios = read_sparsity_dict(output, prunable_layers(open_weights(tiny_weights).model))
     assert ratios["features.0.0"] == 1.0
     assert ratios["features.18.0"] == pytest.approx(0.1, abs=1e-3)
 
@@ -169,7 +170,7 @@ def test_a_csv_that_is_there_is_kept(allocate, tmp_path):
 
 
 def test_logs_that_do_not_serve(allocate, tiny_weights, tmp_path):
-    weights = load_weights(tiny_weights)
+    weights = open_weights(tiny_weights)
     wider = MobileNetV2(num_classes=3, width_mult=0.25)
     logs = {
         "is the log of another model: features.7.conv.2 is 16x48x1x1": write_log(tmp_path / "w.csv", wider),
@@ -183,7 +184,7 @@ def test_logs_that_do_not_serve(allocate, tiny_weights, tmp_path):
 
 
 def test_a_qmodel_is_refused(allocate, tiny_weights, tmp_path):
-    weights = load_weights(tiny_weights)
+    weights = open_weights(tiny_weights)
     path = tmp_path / "qmodel.pth"
     qmodel = Weights(MobileNetV2Quantization.from_float(weights.model), "qmodel")
     save_weights(path, qmodel, Namespace())

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from models import MobileNetV2
-from utils.checkpoints.weights import Weights, load_weights, save_weights
+from utils.checkpoints.weights import Weights, save_weights
 from utils.deployment.torchscript import ScriptMetadata, save_torchscript, to_torchscript
 from utils.open_model import open_model
+from utils.open_weights import open_weights
 
 NUMBERS = [
     "size_mb",
@@ -159,7 +160,7 @@ def test_bad_input(benchmark, tiny_weights, scripted, tmp_path):
     whole = scripted.read_bytes()
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
     assert "half.pt is truncated" in refused(tmp_path / "half.pt")
-    other = load_weights(tiny_weights)
+    other = open_weights(tiny_weights)
     other.image_size = 64
     save_weights(tmp_path / "64.pth", other, Namespace())
     assert "takes images of 64 pixels" in refused(tiny_weights, tmp_path / "64.pth")

@@ -9,9 +9,10 @@ from PIL import Image
 
 from models import MobileNetV2, MobileNetV2Quantization
 from models.statistics import model_statistics
-from utils.checkpoints.weights import Weights, load_weights, save_weights
+from utils.checkpoints.weights import Weights, save_weights
 from utils.data.datasets import load_data, measure_normalization
 from utils.data.loader import normalize
+from utils.open_weights import open_weights
 
 CLASSES = ("blue", "green", "red")
 
@@ -30,7 +31,7 @@ def evaluate(run_script, tiny_folder):
 @pytest.fixture(scope="module")
 def undecided_weights(tiny_weights, tiny_folder, tmp_path_factory) -> Path:
     """Weights that answer each class to some images, so that a slip anywhere changes the numbers."""
-    weights = load_weights(tiny_weights)
+    weights = open_weights(tiny_weights)
     normalization = weights.normalization
     images = [Image.open(f) for name in CLASSES for f in sorted((tiny_folder / "train" / name).iterdir())]
     pixels = torch.tensor(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
@@ -54,7 +55,7 @@ def undecided_weights(tiny_weights, tiny_folder, tmp_path_factory) -> Path:
 
 def plain_evaluation(weights_path: Path, folder: Path) -> tuple[list[int], float]:
     """Right answers by class and mean loss, an image at a time and without the project's own loops."""
-    weights = load_weights(weights_path)
+    weights = open_weights(weights_path)
     mean, std = np.array(weights.normalization.mean), np.array(weights.normalization.std)
     correct, losses = [0, 0, 0], []
     for label, name in enumerate(CLASSES):
@@ -79,7 +80,7 @@ def test_the_numbers_are_those_of_a_plain_loop(evaluate, tiny_folder, undecided_
     for name, hits in zip(CLASSES, correct, strict=True):
         assert table[name] == [f"{100 * hits / 30:.2f}", str(hits), "30"]
 
-    statistics = model_statistics(load_weights(undecided_weights).model, 32)
+    statistics = model_statistics(open_weights(undecided_weights).model, 32)
     record = json.loads(record_path.read_text())
     results = record["results"]
     assert results["loss"] == pytest.approx(loss, rel=1e-5)
@@ -114,7 +115,7 @@ def test_other_splits(evaluate, tiny_weights, split, total):
 
 
 def test_a_pruned_file_shows_its_density(evaluate, tiny_weights, tmp_path):
-    weights = load_weights(tiny_weights)
+    weights = open_weights(tiny_weights)
     with torch.no_grad():
         for parameter in weights.model.parameters():
             parameter.fill_(1)
@@ -146,10 +147,10 @@ def test_the_published_models_numbers(run_script, tiny_folder, tmp_path):
 def test_a_bare_state_dict_takes_names_and_normalization_from_the_images(
     evaluate, tiny_folder, undecided_weights, tmp_path
 ):
-    torch.save(load_weights(undecided_weights).model.state_dict(), tmp_path / "bare.pth")
+    torch.save(open_weights(undecided_weights).model.state_dict(), tmp_path / "bare.pth")
     done = evaluate("--weights", tmp_path / "bare.pth", "--output_stride", 32)
     images = load_data(Namespace(dataset="folder", data_dir=tiny_folder, image_size=None, val_size=None))
-    weights = load_weights(tmp_path / "bare.pth", output_stride=32)
+    weights = open_weights(tmp_path / "bare.pth", output_stride=32)
     weights.normalization = measure_normalization(images)
     save_weights(tmp_path / "with.pth", weights, Namespace())
     correct, loss = plain_evaluation(tmp_path / "with.pth", tiny_folder / "test")
@@ -157,7 +158,7 @@ def test_a_bare_state_dict_takes_names_and_normalization_from_the_images(
 
 
 def test_a_qmodel_has_the_accuracy_of_its_float_model(evaluate, undecided_weights, tmp_path):
-    weights = load_weights(undecided_weights)
+    weights = open_weights(undecided_weights)
     model = MobileNetV2Quantization(**weights.model.architecture)
     model.load_state_dict(weights.model.state_dict())
     weights.model, weights.kind = model, "qmodel"
@@ -182,7 +183,7 @@ def test_a_torchscript_file_has_the_numbers_of_the_script_that_wrote_it(
     assert results["correct"] > 60
     assert results["density"] == expected["density"]
     assert results["file_size_mb"] == expected["size_mb"] == path.stat().st_size / 2**20
-    model = load_weights(tiny_qmodel, "qmodel").model
+    model = open_weights(tiny_qmodel, "qmodel").model
     assert results["macs"] == model_statistics(model, 32).macs
     # Batch norms are folded: what is left are weights and a bias an output channel.
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
@@ -221,7 +222,7 @@ def test_bad_input(evaluate, tiny_weights, tiny_folder, tmp_path):
     assert "'0' must be a whole number of at least 1" in refused("--weights", tiny_weights, "--batch_size", 0)
     save_weights(tmp_path / "four.pth", Weights(MobileNetV2(4, 0.1)), Namespace())
     assert "has 4 classes, the images have 3" in refused("--weights", tmp_path / "four.pth")
-    other = load_weights(tiny_weights)
+    other = open_weights(tiny_weights)
     other.class_names = ("blue", "red", "green")
     save_weights(tmp_path / "other.pth", other, Namespace())
     assert "knows class 1 as 'red', the images as 'green'" in refused("--weights", tmp_path / "other.pth")

@@ -8,7 +8,7 @@ import torch
 
 from models import MobileNetV2Quantization
 from tests.conftest import REPOSITORY, TINY_CLASSES
-from utils.checkpoints.weights import load_weights, save_weights
+from utils.checkpoints.weights import save_weights
 from utils.common.errors import UserError
 from utils.data.datasets import load_data
 from utils.data.loader import Batches
@@ -22,6 +22,7 @@ from utils.deployment.onnx import (
     to_onnx,
 )
 from utils.open_model import open_model
+from utils.open_weights import open_weights
 from utils.quantization import eager as quantization
 
 SCRIPT = "scripts/export_onnx.py"
@@ -51,7 +52,7 @@ def data(tiny_folder):
 
 @pytest.fixture(scope="module")
 def pruned_weights(tiny_weights, tmp_path_factory):
-    weights = load_weights(tiny_weights)
+    weights = open_weights(tiny_weights)
     with torch.no_grad():
         # Logits so far apart that the class of an image is no matter of rounding.
         weights.model.classifier[1].weight.mul_(50)
@@ -68,7 +69,7 @@ def int8_models(pruned_weights, data):
     """Eager int8 models by variant, and their engine."""
     before, supported = torch.backends.quantized.engine, torch.backends.quantized.supported_engines
     quantization.use_engine("fbgemm" if "fbgemm" in supported else "qnnpack")
-    weights = load_weights(pruned_weights)
+    weights = open_weights(pruned_weights)
     qmodel = MobileNetV2Quantization.from_float(weights.model)
     calibrated = quantization.calibrate(qmodel, Batches(data.train, weights.normalization, 32, limit=2))
     yield {
@@ -81,7 +82,7 @@ def int8_models(pruned_weights, data):
 @pytest.fixture(scope="module")
 def int8_files(int8_models, pruned_weights, data, tmp_path_factory):
     """Their TorchScript files."""
-    weights, files = load_weights(pruned_weights), {}
+    weights, files = open_weights(pruned_weights), {}
     for variant, model in int8_models.items():
         batches = Batches(data.test, weights.normalization, 32)
         files[variant] = tmp_path_factory.mktemp("int8") / f"{variant}.pt"
@@ -94,7 +95,7 @@ def arrays_of(onnx, model) -> dict[str, np.ndarray]:
 
 
 def images_of(data, path, count: int) -> torch.Tensor:
-    images, _ = next(iter(Batches(data.test, load_weights(path).normalization, count)))
+    images, _ = next(iter(Batches(data.test, open_weights(path).normalization, count)))
     return images
 
 
@@ -103,7 +104,7 @@ def test_the_script_writes_a_float_model_that_gives_our_logits(onnx, export, pru
     done = export(pruned_weights, path, "--num_check_images", 50)
     assert "checked on 50 test images" in done.stdout
     assert "100.00 % get the same class" in done.stdout
-    run, model = start_session(path.read_bytes(), threads=1), load_weights(pruned_weights).model
+    run, model = start_session(path.read_bytes(), threads=1), open_weights(pruned_weights).model
     for count in (1, 7):
         images = images_of(data, pruned_weights, count)
         with torch.no_grad():
@@ -154,7 +155,7 @@ def test_int8_weights_and_scales_are_ours(onnx, variant, int8_models, int8_files
 def test_int8_outputs_are_ours(onnx, variant, int8_files, data, pruned_weights):
     file = open_model(int8_files[variant])
     model = to_onnx(file)
-    batches = Batches(data.test, load_weights(pruned_weights).normalization, 40)
+    batches = Batches(data.test, open_weights(pruned_weights).normalization, 40)
     run = start_session(model.SerializeToString(), threads=1)
     difference = compare_logits(file.model, run, batches)
     assert difference.images == len(data.test)

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from tests.conftest import TINY_CLASSES
-from utils.checkpoints.weights import load_weights
 from utils.common.files import BYTES_PER_MB
+from utils.open_weights import open_weights
 from utils.packing.format import PackedFile
 
 SCRIPT = "scripts/pack_weights.py"
@@ -42,9 +42,9 @@ def test_float_weights_stay_float32_unless_asked(packed_float, run_script, tiny_
     path, printed = packed_float
     assert "314 tensors came back bit for bit\n" in printed
     assert PackedFile(path).header["dtype"] == "float32"
-    state = load_weights(tiny_weights).model.state_dict()
+    state = open_weights(tiny_weights).model.state_dict()
     assert all(
-        torch.equal(value, state[name]) for name, value in load_weights(path).model.state_dict().items()
+        torch.equal(value, state[name]) for name, value in open_weights(path).model.state_dict().items()
     )
     half = tmp_path / "half.packed"
     done = run_script(SCRIPT, "--weights", tiny_weights, "--o", half, "--dtype", "float16")
@@ -95,7 +95,7 @@ def test_the_scripts_that_go_on_with_weights_take_packed_ones(packed_float, run_
     run_script("scripts/to_qmodel_weights.py", "--weights", packed_float[0], "--output", qmodel)
     packed = tmp_path / "qmodel.packed"
     run_script(SCRIPT, "--weights", qmodel, "--o", packed)
-    assert load_weights(packed, "qmodel").class_names == TINY_CLASSES
+    assert open_weights(packed, "qmodel").class_names == TINY_CLASSES
 
 
 @pytest.mark.parametrize(

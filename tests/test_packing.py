@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from models import MobileNetV2
 from models.statistics import prunable_layers
 from tests.test_packing_codecs import tensors
-from utils.checkpoints.weights import MOBILENETV2_KINDS, load_weights, save_weights
+from utils.checkpoints.weights import MOBILENETV2_KINDS, save_weights
 from utils.common.errors import UserError
 from utils.deployment.torchscript import ScriptMetadata, load_torchscript, to_torchscript
 from utils.open_model import open_model
+from utils.open_weights import open_weights
 from utils.packing import float_weights as packing_float
 from utils.packing import int8_weights as packing_int8
 from utils.packing.container import HEADER, npy_header
@@ -38,7 +39,7 @@ INT8_VARIANTS = ("ptq_per_tensor", "ptq_per_channel")
 @pytest.fixture(scope="module")
 def pruned(tiny_weights, tmp_path_factory) -> Path:
     """Weights of many densities: none in one layer, all in another."""
-    weights = load_weights(tiny_weights)
+    weights = open_weights(tiny_weights)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for index, layer in enumerate(prunable_layers(weights.model).values()):
@@ -66,7 +67,7 @@ def packed(pruned, tiny_qmodel, tiny_scripted, tmp_path_factory) -> dict[str, Pa
 
 
 def state_bytes(path) -> dict[str, bytes]:
-    state = load_weights(path, MOBILENETV2_KINDS).model.state_dict()
+    state = open_weights(path, MOBILENETV2_KINDS).model.state_dict()
     return {name: value.numpy().tobytes() for name, value in state.items()}
 
 
@@ -127,7 +128,7 @@ def test_tensors_of_any_shape_density_and_type_come_back(tmp_path_factory, array
 @pytest.mark.parametrize("name", ["float32", "qmodel"])
 def test_float32_comes_back_bit_for_bit_with_all_that_travels_with_it(name, packed, pruned, tiny_qmodel):
     source = {"float32": pruned, "qmodel": tiny_qmodel}[name]
-    before, after = (load_weights(path, MOBILENETV2_KINDS) for path in (source, packed[name]))
+    before, after = (open_weights(path, MOBILENETV2_KINDS) for path in (source, packed[name]))
     assert state_bytes(packed[name]) == state_bytes(source)
     assert list(after.model.state_dict()) == list(before.model.state_dict())
     for field in ("kind", "class_names", "normalization", "image_size", "metrics"):
@@ -137,14 +138,14 @@ def test_float32_comes_back_bit_for_bit_with_all_that_travels_with_it(name, pack
 
 
 def test_float16_is_rounded_once_and_zeros_stay(packed, pruned):
-    before, after = (load_weights(path).model.state_dict() for path in (pruned, packed["float16"]))
+    before, after = (open_weights(path).model.state_dict() for path in (pruned, packed["float16"]))
     for name, value in before.items():
         expected = value.half().float() if value.is_floating_point() else value
         assert torch.equal(after[name], expected)
         assert after[name].dtype == value.dtype
         assert not after[name][value == 0].any()
     images = torch.randn(4, 3, 32, 32)
-    models = [load_weights(path).model for path in (pruned, packed["float16"])]
+    models = [open_weights(path).model for path in (pruned, packed["float16"])]
     with torch.no_grad():
         torch.testing.assert_close(models[0](images), models[1](images), rtol=1e-2, atol=1e-2)
     assert open_source(packed["float16"], None)[1] == "float16"
@@ -172,7 +173,7 @@ def test_a_model_trained_in_int8_on_any_engine(engine, tiny_qmodel, tmp_path):
     before = torch.backends.quantized.engine
     if engine not in torch.backends.quantized.supported_engines:
         pytest.skip(f"{engine} does not run here")
-    weights = load_weights(tiny_qmodel, "qmodel")
+    weights = open_weights(tiny_qmodel, "qmodel")
     prepared = quantization.prepare_qat(weights.model)
     quantization.calibrate_qat(prepared, [(torch.randn(8, 3, 32, 32), torch.zeros(8))])
     try:
@@ -201,7 +202,7 @@ def test_a_model_trained_in_int8_on_any_engine(engine, tiny_qmodel, tmp_path):
 
 def test_fewer_bits_take_fewer_bytes_and_come_back_bit_for_bit(tiny_qmodel, tiny_scripted, tmp_path):
     _, metadata = load_torchscript(tiny_scripted / "mobilenetv2_ptq_per_channel.pt")
-    weights, sizes = load_weights(tiny_qmodel, "qmodel"), {}
+    weights, sizes = open_weights(tiny_qmodel, "qmodel"), {}
     for per_channel in (True, False):
         calibrated = quantization.calibrate(weights.model, [(torch.randn(8, 3, 32, 32), torch.zeros(8))])
         for bits in (8, 6, 4):
@@ -278,7 +279,7 @@ def test_an_empty_layer_takes_next_to_nothing(packed):
     by_layer = by_layer.groupby("layer")["bytes"].sum()
     layers = dict(zip(by_layer.index, by_layer, strict=True))
     shapes = {
-        name: layer.weight for name, layer in prunable_layers(load_weights(packed["float32"]).model).items()
+        name: layer.weight for name, layer in prunable_layers(open_weights(packed["float32"]).model).items()
     }
     for index, (name, weight) in enumerate(shapes.items()):
         if weight.numel() > 500:
@@ -298,7 +299,7 @@ def test_int8_sources_take_no_other_type_and_float_ones_no_int8(packed, tiny_scr
 
 @pytest.mark.parametrize("name", ["features.0.0.weight", "features.0.1.running_var"])
 def test_what_float16_cannot_hold_is_refused(name, tiny_weights):
-    weights = load_weights(tiny_weights)
+    weights = open_weights(tiny_weights)
     with torch.no_grad():
         weights.model.state_dict()[name].view(-1)[0] = 7e4
     with pytest.raises(UserError, match=f"{name} has values beyond 65504"):
@@ -311,11 +312,11 @@ def test_what_float16_cannot_hold_is_refused(name, tiny_weights):
 
 def test_weights_are_not_int8_and_int8_is_no_weights(packed):
     with pytest.raises(UserError, match="packed int8 model: weights"):
-        load_weights(packed["ptq_per_tensor"])
+        open_weights(packed["ptq_per_tensor"])
     with pytest.raises(UserError, match="holds float weights"):
         load_int8(packed["float32"])
     with pytest.raises(UserError, match="a qmodel"):
-        load_weights(packed["float32"], "qmodel")
+        open_weights(packed["float32"], "qmodel")
 
 
 def test_what_is_no_packed_file(tmp_path, pruned):

@@ -6,12 +6,13 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from utils.layer_weights import file_bytes, has_batch_norms, layer_weights
 
 from models import MobileNetV2, MobileNetV2Quantization
 from models.statistics import LAYER_KINDS, layer_kind, model_statistics, prunable_layers
-from utils.checkpoints.weights import Weights, load_weights, save_weights
-from utils.layer_weights import file_bytes, has_batch_norms, layer_weights
+from utils.checkpoints.weights import Weights, save_weights
 from utils.open_model import open_model
+from utils.open_weights import open_weights
 from utils.packing.pack import encode, open_source
 from utils.plots import plot_model
 from utils.pruning.allocation import folded_weights
@@ -23,7 +24,7 @@ SCRIPT = "scripts/plot_model.py"
 @pytest.fixture(scope="module")
 def pruned(tiny_weights, tmp_path_factory):
     """The tiny model at 0.3 of each layer but one, which is empty."""
-    weights = load_weights(tiny_weights)
+    weights = open_weights(tiny_weights)
     ratios = dict.fromkeys(prunable_layers(weights.model), 0.3) | {"features.3.conv.1.0": 0.0}
     FineGrainedPruner(weights.model, ratios).apply()
     path = tmp_path_factory.mktemp("pruned") / "pruned.pth"
@@ -49,7 +50,7 @@ def test_a_pruned_file_beside_the_dense_one(run_script, pruned, tiny_weights, tm
     printed = run_script(*argv).stdout
     check_picture(output)
     counted = printed_bytes(printed)
-    statistics = model_statistics(load_weights(pruned).model, 32)
+    statistics = model_statistics(open_weights(pruned).model, 32)
     assert counted["values"] == 4 * sum(layer.parameters for layer in statistics.layers)
     assert counted["biases"] == 4 * 3
     assert counted["all"] == sum(counted.values()) - counted["all"] == pruned.stat().st_size
@@ -220,7 +221,7 @@ def test_another_architecture_before_is_refused(run_script, tiny_weights, tmp_pa
 
 
 def test_folding_is_what_the_batch_norm_does(tiny_weights):
-    model = load_weights(tiny_weights).model
+    model = open_weights(tiny_weights).model
     norm = model.features[0][1]
     scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach()
     expected = model.features[0][0].weight.detach() * scale[:, None, None, None]

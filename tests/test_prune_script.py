@@ -13,8 +13,9 @@ from models import MobileNetV2
 from models.statistics import prunable_layers
 from tests import script_process
 from tests.conftest import TINY_CLASSES
-from utils.checkpoints.weights import Weights, load_weights, save_weights
+from utils.checkpoints.weights import Weights, save_weights
 from utils.data.datasets import Normalization
+from utils.open_weights import open_weights
 from utils.pruning.pruner import kept_count
 from utils.pruning.sparsity_dict import read_sparsity_dict
 from utils.training.distillation import distillation
@@ -67,7 +68,7 @@ def test_an_unedited_template_changes_nothing(prune, csv_text, tiny_weights, tmp
     path, output = tmp_path / "s.csv", tmp_path / "p.pth"
     path.write_text(csv_text)
     printed = prune(path, output, "--epochs", 0).stdout
-    before, after = load_weights(tiny_weights), load_weights(output)
+    before, after = open_weights(tiny_weights), open_weights(output)
     for name, value in before.model.state_dict().items():
         assert torch.equal(value, after.model.state_dict()[name]), name
     assert (after.class_names, after.normalization) == (before.class_names, before.normalization)
@@ -80,7 +81,7 @@ def test_an_unedited_template_changes_nothing(prune, csv_text, tiny_weights, tmp
 def test_pruning_alone(prune, mixed, tiny_weights, tmp_path):
     output, record = tmp_path / "p.pth", tmp_path / "r.json"
     printed = prune(mixed, output, "--epochs", 0, "--record", record).stdout
-    dense, pruned = load_weights(tiny_weights).model, load_weights(output).model
+    dense, pruned = open_weights(tiny_weights).model, open_weights(output).model
     ratios = read_sparsity_dict(mixed, prunable_layers(dense))
     for name, layer in prunable_layers(dense).items():
         torch_prune.l1_unstructured(layer, "weight", amount=1 - ratios[name])
@@ -117,7 +118,7 @@ def test_recovery_learns_and_keeps_the_zeros(prune, mixed, tiny_weights, tmp_pat
     # Momentum, decay and the average all pull at pruned weights.
     recipe = ("--epochs", 9, "--batch_size", 16, "--lr", 0.02, "--weight_decay", 0.01, "--ema", 0.8)
     printed = prune(mixed, output, *recipe, "--output_stride", 8).stdout
-    dense, pruned = load_weights(tiny_weights).model, load_weights(output)
+    dense, pruned = open_weights(tiny_weights).model, open_weights(output)
     ratios = read_sparsity_dict(mixed, prunable_layers(dense))
     for name, layer in prunable_layers(dense).items():
         torch_prune.l1_unstructured(layer, "weight", amount=1 - ratios[name])
@@ -139,11 +140,11 @@ def test_gradual_pruning_with_a_teacher_ends_at_the_same_counts(prune, mixed, ti
     output = tmp_path / "p.pth"
     recipe = ("--epochs", 3, "--schedule", "gradual", "--ramp_epochs", 2, "--prune_every", 3)
     prune(mixed, output, *recipe, "--teacher", tiny_weights, "--lr", 0.01)
-    pruned = load_weights(output)
+    pruned = open_weights(output)
     assert nonzero_counts(pruned.model) == asked_counts(pruned.model, mixed)
     assert pruned.metrics["best_epoch"] >= 2
     # Weights moved before they were pruned, so it is not the dense model's mask everywhere.
-    dense = load_weights(tiny_weights).model
+    dense = open_weights(tiny_weights).model
     name = "features.18.0"
     layer = dense.get_submodule(name)
     torch_prune.l1_unstructured(
@@ -188,7 +189,7 @@ def test_a_csv_that_changed_before_resuming_is_noticed(prune, mixed, tiny_weight
     argv += ["--sparsity_dict", str(path), "--output", str(output), "--epochs", "1"]
     args = get_args_parser().parse_args(argv)
     images = load_data(args)
-    weights = complete(tiny_weights, load_weights(tiny_weights), images)
+    weights = complete(tiny_weights, open_weights(tiny_weights), images)
     recover(weights, read_sparsity_dict(path, prunable_layers(weights.model)), None, images, args)
     path.write_text(mixed.read_text().replace(",0.25,", ",0.2,"))
     error = prune(path, output, "--epochs", 1, "--resume", expect=2).stderr
@@ -234,7 +235,7 @@ def test_windows_line_ends_a_bom_and_spaces_are_accepted(prune, mixed, tmp_path)
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
     prune(path, tmp_path / "windows.pth", "--epochs", 0)
     prune(mixed, tmp_path / "plain.pth", "--epochs", 0)
-    one, other = (load_weights(tmp_path / f"{name}.pth").model for name in ("windows", "plain"))
+    one, other = (open_weights(tmp_path / f"{name}.pth").model for name in ("windows", "plain"))
     assert nonzero_counts(one) == nonzero_counts(other) == asked_counts(one, mixed)
 
 
@@ -282,9 +283,9 @@ def test_weights_of_other_classes_are_refused(prune, mixed, tmp_path):
 
 def test_a_bare_state_dict_gets_names_and_normalization_from_the_images(prune, mixed, tiny_weights, tmp_path):
     bare = tmp_path / "bare.pth"
-    torch.save(load_weights(tiny_weights).model.state_dict(), bare)
+    torch.save(open_weights(tiny_weights).model.state_dict(), bare)
     prune(mixed, tmp_path / "p.pth", "--epochs", 0, "--output_stride", 32, weights=bare)
-    pruned = load_weights(tmp_path / "p.pth")
+    pruned = open_weights(tmp_path / "p.pth")
     assert pruned.class_names == TINY_CLASSES
     assert all(0.2 < mean < 0.6 for mean in pruned.normalization.mean)
     assert pruned.model.architecture["output_stride"] == 32

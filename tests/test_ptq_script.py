@@ -9,9 +9,10 @@ from torch import nn
 from models import MobileNetV2, MobileNetV2Quantization
 from models.statistics import prunable_layers
 from tests.conftest import TINY_CLASSES
-from utils.checkpoints.weights import load_weights, save_weights
+from utils.checkpoints.weights import save_weights
 from utils.common.files import file_size_mb
 from utils.deployment.torchscript import load_torchscript
+from utils.open_weights import open_weights
 from utils.pruning.pruner import FineGrainedPruner
 
 VARIANTS = ("float", "ptq_per_tensor", "ptq_per_channel")
@@ -96,7 +97,7 @@ def test_the_table_holds_what_is_recorded(quantized):
 
 def test_metadata_tells_what_a_user_needs(quantized, tiny_qmodel):
     folder, _, _ = quantized
-    weights = load_weights(tiny_qmodel, "qmodel")
+    weights = open_weights(tiny_qmodel, "qmodel")
     for variant, path in files_of(folder).items():
         _, metadata = load_torchscript(path)
         assert metadata.variant == variant
@@ -152,7 +153,7 @@ def int8_layers(path) -> list[Int8Layer]:
 
 
 def test_zeros_of_a_pruned_model_are_zeros_of_its_files(quantize, run_script, tiny_weights, tmp_path):
-    weights = load_weights(tiny_weights)
+    weights = open_weights(tiny_weights)
     FineGrainedPruner(weights.model, dict.fromkeys(prunable_layers(weights.model), 0.25)).apply()
     save_weights(tmp_path / "pruned.pth", weights, Namespace())
     run_script(
@@ -188,7 +189,7 @@ def test_the_qmodel_answers_as_the_weights(run_script, tiny_weights, tmp_path):
     output = tmp_path / "new" / "qmodel.pth"
     argv = ("scripts/to_qmodel_weights.py", "--weights", tiny_weights, "--output", output)
     printed = run_script(*argv).stdout
-    weights, qmodel = load_weights(tiny_weights), load_weights(output, "qmodel")
+    weights, qmodel = open_weights(tiny_weights), open_weights(output, "qmodel")
     assert type(weights.model) is MobileNetV2
     assert type(qmodel.model) is MobileNetV2Quantization
     assert (qmodel.class_names, qmodel.normalization) == (weights.class_names, weights.normalization)
@@ -199,7 +200,7 @@ def test_the_qmodel_answers_as_the_weights(run_script, tiny_weights, tmp_path):
     assert f"{parameters} parameters, density" in printed
     run_script(*argv, expect=2)
     run_script(*argv, "--force", "--output_stride", 8)
-    assert load_weights(output, "qmodel").model.architecture["output_stride"] == 8
+    assert open_weights(output, "qmodel").model.architecture["output_stride"] == 8
 
 
 def test_a_qmodel_is_not_converted_again(run_script, tiny_qmodel, tmp_path):

@@ -12,9 +12,10 @@ from models.statistics import prunable_layers
 from quantization_aware_training import freezing, get_args_parser
 from tests import script_process
 from tests.test_ptq_script import int8_layers
-from utils.checkpoints.weights import load_weights, save_weights
+from utils.checkpoints.weights import save_weights
 from utils.common.files import file_size_mb
 from utils.deployment.torchscript import load_torchscript
+from utils.open_weights import open_weights
 from utils.pruning.pruner import FineGrainedPruner
 from utils.quantization.eager import prepare_qat
 
@@ -94,7 +95,7 @@ def test_weights_are_quantized_per_channel(trained):
 
 
 def test_zeros_of_a_pruned_model_stay_zero(train, tiny_qmodel, tmp_path):
-    weights = load_weights(tiny_qmodel, "qmodel")
+    weights = open_weights(tiny_qmodel, "qmodel")
     FineGrainedPruner(weights.model, dict.fromkeys(prunable_layers(weights.model), 0.5)).apply()
     save_weights(tmp_path / "qmodel.pth", weights, Namespace())
     # Momentum and decay both pull at them.
@@ -125,7 +126,7 @@ def test_a_resumed_run_ends_with_the_same_file(train, tiny_qmodel, tiny_folder, 
 
 
 def test_limits_and_a_teacher(train, tiny_qmodel, tiny_weights, tmp_path):
-    weights = load_weights(tiny_qmodel, "qmodel")
+    weights = open_weights(tiny_qmodel, "qmodel")
     teacher = MobileNetV2(**weights.model.architecture)
     teacher.load_state_dict(weights.model.state_dict())
     save_weights(tmp_path / "teacher.pth", replace(weights, model=teacher, kind="float"), Namespace())
@@ -184,7 +185,7 @@ def test_batch_norms_held_from_the_start_are_folded(train, tiny_qmodel, tiny_fol
 def test_ranges_then_batch_norms_are_held_late(tiny_qmodel, epochs, fractions, ranges_from, batch_norms_from):
     args = get_args_parser().parse_args(["--epochs", str(epochs)])
     args.freeze_ranges, args.freeze_batch_norms = fractions
-    model = prepare_qat(load_weights(tiny_qmodel, "qmodel").model)
+    model = prepare_qat(open_weights(tiny_qmodel, "qmodel").model)
     hook = freezing(model, args)
     held = {"ranges": None, "batch_norms": None}
     for epoch in range(1, epochs + 1):

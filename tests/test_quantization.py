@@ -11,11 +11,11 @@ from torch.ao.quantization import FakeQuantize
 
 from models import MobileNetV2Quantization
 from models.statistics import prunable_layers
-from utils.checkpoints.weights import load_weights
 from utils.common.errors import UserError
 from utils.data.datasets import load_data
 from utils.data.loader import Batches, normalize
 from utils.evaluation import evaluate
+from utils.open_weights import open_weights
 from utils.pruning.pruner import FineGrainedPruner
 from utils.quantization.bias_correction import correct_biases
 from utils.quantization.eager import (
@@ -53,7 +53,7 @@ def engine():
 
 @pytest.fixture(scope="module")
 def weights(tiny_qmodel):
-    return load_weights(tiny_qmodel, "qmodel")
+    return open_weights(tiny_qmodel, "qmodel")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import torchvision
 from torch import nn
 
 from models import MobileNetV2, MobileNetV2Quantization
-from utils.checkpoints.weights import Weights, load_weights, save_weights
+from utils.checkpoints.weights import Weights, save_weights
+from utils.open_weights import open_weights
 from utils.quantization.eager import fold_batch_norms
 
 
@@ -119,7 +120,7 @@ def test_relu6_stays_relu6(images, fuse):
 def test_a_qmodel_file_comes_back_as_the_same_model(tmp_path, images):
     model = MobileNetV2Quantization.from_float(float_model(output_stride=8))
     save_weights(tmp_path / "qmodel.pth", Weights(model, kind="qmodel"), Namespace())
-    read = load_weights(tmp_path / "qmodel.pth", "qmodel").model
+    read = open_weights(tmp_path / "qmodel.pth", "qmodel").model
     assert type(read) is MobileNetV2Quantization
     with torch.no_grad():
         assert torch.equal(read(images), model(images))

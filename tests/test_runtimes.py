@@ -6,7 +6,7 @@ import pytest
 from benchmarks.vnni import peak_macs_per_s
 from models.statistics import count_macs
 from tests.conftest import REPOSITORY
-from utils.checkpoints.weights import load_weights
+from utils.open_weights import open_weights
 
 SCRIPT = "benchmarks/runtimes.py"
 
@@ -33,7 +33,7 @@ def test_outputs_are_compared_and_the_ratio_comes_last(run_script, tiny_weights,
         r"ratio \d+\.\d\d \(int8 inference, ms at batch size .* our TorchScript against .*\)", last
     )
     results = json.loads(record.read_text())["results"]
-    model = load_weights(tiny_weights, output_stride=8).model
+    model = open_weights(tiny_weights, output_stride=8).model
     assert results["macs"] == sum(count_macs(model, 32).values())
     rows = results["rows"]
     assert {(row["threads"], row["batch_size"]) for row in rows} == {(1, 1), (1, 32)}

@@ -18,11 +18,12 @@ from models import MobileNetV2, MobileNetV2Quantization
 from models.statistics import LAYER_KINDS, layer_kind, model_statistics, prunable_layers
 from tests import script_process
 from tests.test_distributed import free_port
-from utils.checkpoints.weights import Weights, load_weights, save_weights
+from utils.checkpoints.weights import Weights, save_weights
 from utils.common.errors import UserError
 from utils.data.datasets import Normalization, Split
 from utils.data.loader import Batches
 from utils.evaluation import Evaluation, evaluate
+from utils.open_weights import open_weights
 from utils.pruning import prefix_evaluation
 from utils.pruning.scanning_log import COLUMNS, ScanningLog, read_recommended
 from utils.pruning.sensitivity import evaluate_with_pruned_layer, measure, pruned_layer, recommend, scan_plan
@@ -376,7 +377,7 @@ def test_the_scan_from_the_shell(scanned, tiny_weights):
     path, printed, record = scanned
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    weights = load_weights(tiny_weights)
+    weights = open_weights(tiny_weights)
     assert [(row["layer"], float(row["sparsity"])) for row in rows] == scan_plan(weights.model, [0.3, 0.6])
     for row in rows:
         assert row["total"] == "18"
@@ -477,7 +478,7 @@ def test_a_log_of_other_weights_is_refused_without_force(scan, scanned, tiny_wei
     output = tmp_path / "log.csv"
     content = scanned[0].read_bytes()
     output.write_bytes(content)
-    weights = load_weights(tiny_weights)
+    weights = open_weights(tiny_weights)
     with torch.no_grad():
         weights.model.features[0][0].weight[0, 0, 0, 0] += 1e-3
     other = tmp_path / "other.pth"
@@ -531,7 +532,7 @@ def test_the_log_becomes_a_sparsity_dict_that_prune_takes(
     output = tmp_path / "s.csv"
     printed = run_script(CONVERT, "--f", path, "--o", output).stdout
     assert "sparsity is the fraction of weights KEPT" in printed
-    layers = prunable_layers(load_weights(tiny_weights).model)
+    layers = prunable_layers(open_weights(tiny_weights).model)
     assert read_sparsity_dict(output, layers) == record["recommended_sparsity"]
     template = tmp_path / "t.csv"
     run_script("scripts/generate_sparsity_dict_template.py", "--weights", tiny_weights, "--o", template)
@@ -544,7 +545,7 @@ def test_the_log_becomes_a_sparsity_dict_that_prune_takes(
         "--output", tmp_path / "p.pth", "--record", tmp_path / "p.json",
     )  # fmt: skip
     pruned = json.loads((tmp_path / "p.json").read_text())["results"]
-    zeros_elsewhere = sum(int((p == 0).sum()) for p in load_weights(tiny_weights).model.parameters())
+    zeros_elsewhere = sum(int((p == 0).sum()) for p in open_weights(tiny_weights).model.parameters())
     expected = record["density"] - zeros_elsewhere / pruned["parameters"]
     assert pruned["density"] == pytest.approx(expected, abs=1e-12)
     assert "--force" in run_script(CONVERT, "--f", path, "--o", output, expect=2).stderr
@@ -601,7 +602,7 @@ def test_marks_that_a_person_removed_or_doubled(scanned, tmp_path):
 
 def test_a_bare_state_dict_can_be_scanned(scan, tiny_weights, tmp_path):
     bare = tmp_path / "bare.pth"
-    torch.save(load_weights(tiny_weights).model.state_dict(), bare)
+    torch.save(open_weights(tiny_weights).model.state_dict(), bare)
     printed = scan(tmp_path / "log.csv", *FAST, "--sparsities", 1, "--output_stride", 32, weights=bare).stdout
     assert "recommended: prune 0 of 53 layers, density 100.00 %" in printed
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from tests.conftest import REPOSITORY
-from utils.checkpoints.weights import load_weights
 from utils.open_model import open_model
+from utils.open_weights import open_weights
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -30,7 +30,7 @@ def test_they_are_the_ones_that_were_measured(name, training, evaluated, output_
         json.loads((REPOSITORY / f"results/{record}.json").read_text())["results"]
         for record in (training, f"evaluate/{evaluated}")
     )
-    weights, file = load_weights(path), open_model(path)
+    weights, file = open_weights(path), open_model(path)
     assert weights.class_names == CLASSES
     assert weights.model.architecture["output_stride"] == output_stride
     assert weights.metrics.items() <= trained.items()

@@ -12,7 +12,6 @@ from torch import nn
 
 from models import MobileNetV2
 from tests.conftest import REPOSITORY
-from utils.checkpoints.weights import load_weights
 from utils.common.errors import UserError
 from utils.data.datasets import Normalization, load_data
 from utils.data.loader import Batches
@@ -27,6 +26,7 @@ from utils.deployment.torchscript import (
     save_torchscript,
     to_torchscript,
 )
+from utils.open_weights import open_weights
 from utils.quantization.eager import (
     calibrate,
     calibrate_qat,
@@ -57,7 +57,7 @@ METADATA = ScriptMetadata(
 @pytest.fixture(scope="module")
 def models(tiny_qmodel, tiny_folder) -> dict[str, nn.Module]:
     use_engine(ENGINE)
-    weights = load_weights(tiny_qmodel, "qmodel")
+    weights = open_weights(tiny_qmodel, "qmodel")
     data = load_data(Namespace(dataset="folder", data_dir=tiny_folder, image_size=None, val_size=None))
     batches = Batches(data.train, weights.normalization, 54)
     calibrated = calibrate(weights.model, batches)

@@ -13,8 +13,9 @@ from models import MobileNetV2
 from tests import script_process
 from tests.conftest import TINY_CLASSES
 from utils.checkpoints.foreign import load_pretrained
-from utils.checkpoints.weights import Weights, load_weights, save_weights
+from utils.checkpoints.weights import Weights, save_weights
 from utils.common.errors import UserError
+from utils.open_weights import open_weights
 from utils.training.distillation import Ensemble, load_teacher
 
 FAST = ("--width_mult", 0.1, "--output_stride", 32, "--batch_size", 32, "--threads", 1)
@@ -144,13 +145,13 @@ def test_a_resnet18_is_trained_to_teach_and_for_nothing_else(train, run_script, 
     teacher, further, taught = (tmp_path / f"{name}.pth" for name in ("teacher", "further", "taught"))
     train(teacher, "--epochs", 1, *RESNET18, "--optimizer", "muon")
     train(further, "--epochs", 1, *RESNET18, "--weights", teacher, "--lr", 1e-9, "--scheduler", "none")
-    before, after = (load_weights(path, "resnet18") for path in (teacher, further))
+    before, after = (open_weights(path, "resnet18") for path in (teacher, further))
     assert before.class_names == TINY_CLASSES
     for name, parameter in before.model.named_parameters():
         torch.testing.assert_close(after.model.get_parameter(name), parameter)
 
     train(taught, "--epochs", 1, "--teacher", teacher)
-    assert load_weights(taught).model.architecture["width_mult"] == 0.1
+    assert open_weights(taught).model.architecture["width_mult"] == 0.1
     data = ("--dataset", "folder", "--data_dir", tiny_folder)
     printed = run_script("evaluate.py", *data, "--weights", teacher).stdout
     assert f"test accuracy {before.metrics['test_accuracy_pct']:.2f} %" in printed
@@ -177,7 +178,7 @@ def test_a_teacher_that_may_have_seen_the_val_images_is_refused(train, tiny_scri
 
 
 def test_an_int8_teacher_stays_on_the_cpu(tiny_qmodel, tiny_scripted):
-    student = load_weights(tiny_qmodel, "qmodel")
+    student = open_weights(tiny_qmodel, "qmodel")
     with pytest.raises(UserError, match="int8"):
         load_teacher([str(tiny_scripted / "mobilenetv2_ptq_per_channel.pt")], student, torch.device("meta"))
 

@@ -12,9 +12,10 @@ import torch
 import torchvision
 
 from models import MobileNetV2
-from utils.checkpoints.weights import Weights, check_classes, load_weights, save_weights
+from utils.checkpoints.weights import Weights, check_classes, save_weights
 from utils.common.errors import UserError
 from utils.data.datasets import ImageData, Normalization, Split
+from utils.open_weights import open_weights
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def refused(tmp_path):
         elif content is not None:
             torch.save(content, path)
         with pytest.raises(UserError) as caught:
-            load_weights(path, kind)
+            open_weights(path, kind)
         message = str(caught.value)
         assert len(message.splitlines()) == 1
         assert len(message) < 500
@@ -64,7 +65,7 @@ def test_round_trip(tmp_path):
         metrics={"val_accuracy_pct": np.float64(81.5), "history": (1, 2)},
     )
     save_weights(tmp_path / "w.pth", written, Namespace(lr=0.1, output=Path("w.pth")))
-    read = load_weights(tmp_path / "w.pth")
+    read = open_weights(tmp_path / "w.pth")
     assert read.kind == "float"
     assert read.model.architecture == model.architecture
     assert read.model.architecture == {
@@ -100,11 +101,11 @@ def test_the_file_says_how_it_was_made(tmp_path):
 def test_channels_last_weights_come_back_the_same(tmp_path):
     model = MobileNetV2(width_mult=0.1).to(memory_format=torch.channels_last)
     save_weights(tmp_path / "w.pth", Weights(model), Namespace())
-    assert_equal_states(load_weights(tmp_path / "w.pth").model.state_dict(), model.state_dict())
+    assert_equal_states(open_weights(tmp_path / "w.pth").model.state_dict(), model.state_dict())
 
 
 def test_the_output_stride_can_be_another(tiny_weights):
-    own, other = load_weights(tiny_weights), load_weights(tiny_weights, output_stride=8)
+    own, other = open_weights(tiny_weights), open_weights(tiny_weights, output_stride=8)
     assert own.model.architecture["output_stride"] == 32
     assert other.model.architecture["output_stride"] == 8
     assert_equal_states(other.model.state_dict(), own.model.state_dict())
@@ -117,7 +118,7 @@ def test_a_bare_state_dict_of_torchvisions_loads(tmp_path, num_classes, width_mu
     torch.manual_seed(0)
     theirs = torchvision.models.mobilenet_v2(num_classes=num_classes, width_mult=width_mult).eval()
     torch.save(theirs.state_dict(), tmp_path / "bare.pth")
-    read = load_weights(tmp_path / "bare.pth", output_stride=32)
+    read = open_weights(tmp_path / "bare.pth", output_stride=32)
     assert (read.kind, read.class_names, read.normalization) == ("float", None, None)
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
@@ -127,7 +128,7 @@ def test_a_bare_state_dict_of_torchvisions_loads(tmp_path, num_classes, width_mu
 def test_a_bare_state_dict_of_the_old_file_format_loads(tmp_path, capfd):
     model = MobileNetV2(num_classes=4, width_mult=0.1)
     torch.save(model.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    read = load_weights(tmp_path / "old.pth")
+    read = open_weights(tmp_path / "old.pth")
     assert_equal_states(read.model.state_dict(), model.state_dict())
     assert read.model.architecture["output_stride"] == 16
     assert capfd.readouterr().err == ""
@@ -139,7 +140,7 @@ def test_a_missing_file_is_named(refused):
 
 def test_a_folder_is_no_weights_file(tmp_path):
     with pytest.raises(UserError, match="is a folder"):
-        load_weights(tmp_path)
+        open_weights(tmp_path)
 
 
 def test_an_empty_file(refused):
@@ -158,7 +159,7 @@ def test_a_file_without_its_last_byte(refused, tiny_weights):
 
 def test_damaged_files_are_refused_or_hold_what_was_written(tmp_path, tiny_weights):
     whole, generator, refusals = tiny_weights.read_bytes(), random.Random(0), 0
-    expected = load_weights(tiny_weights)
+    expected = open_weights(tiny_weights)
     path = tmp_path / "damaged.pth"
     for _ in range(100):
         damaged = bytearray(whole)
@@ -166,7 +167,7 @@ def test_damaged_files_are_refused_or_hold_what_was_written(tmp_path, tiny_weigh
             damaged[generator.randrange(len(damaged))] ^= generator.randint(1, 255)
         path.write_bytes(damaged)
         try:
-            read = load_weights(path)
+            read = open_weights(path)
         except UserError as error:
             assert len(str(error).splitlines()) == 1
             refusals += 1
@@ -228,7 +229,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, cont
         _use_new_zipfile_serialization=zipped,
     )
     with pytest.raises(UserError, match="could run code"):
-        load_weights(path)
+        open_weights(path)
     assert not evidence.exists()
     torch.load(path, weights_only=False)
     assert evidence.exists()  # the file was a bomb indeed
@@ -308,7 +309,7 @@ def test_tensors_that_share_memory_in_the_file_do_not_in_the_model(tmp_path, con
         if value.is_floating_point():
             content["state_dict"][name] = one.expand(value.shape)
     torch.save(content, tmp_path / "shared.pth")
-    model = load_weights(tmp_path / "shared.pth").model
+    model = open_weights(tmp_path / "shared.pth").model
     with torch.no_grad():
         model.classifier[1].weight.mul_(2)
     assert torch.equal(model.classifier[1].weight, torch.full((3, 1280), 2.0))

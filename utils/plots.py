@@ -1,13 +1,20 @@
-"""Pictures of what was measured."""
+"""The picture of a model file: density, size and weights of each layer, and where the bytes go."""
 
 import os
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from torch import Tensor, nn
 
-from models.statistics import LAYER_KINDS, layer_kind
+from models.folding import folded_weights
+from models.statistics import LAYER_KINDS, layer_kind, prunable_layers
+from utils.checkpoints.weights import Weights
 from utils.common.files import atomic_write
+from utils.open_model import ModelFile
+from utils.packing.format import is_packed
+from utils.packing.pack import packed_sizes
+from utils.quantization.int8_model import Int8Model
 
 # Told apart by the colour-blind: Okabe & Ito's colours for layers, Tol's muted ones for bytes.
 KIND_COLORS = dict(zip(LAYER_KINDS, ("#0072B2", "#E69F00", "#009E73", "#CC79A7"), strict=True))
@@ -23,6 +30,69 @@ BYTES_PER_KB = 2**10
 HISTOGRAM_BINS = 101
 OUTLIERS = 0.001
 """Fraction of the weights that a histogram may leave out at its ends."""
+
+
+def has_batch_norms(file: ModelFile) -> bool:
+    """Whether the file holds batch norms; otherwise they are folded into the weights."""
+    return isinstance(file.source, Weights)
+
+
+def layer_weights(file: ModelFile, fold: bool = False) -> dict[str, np.ndarray]:
+    """Return the weight of each layer in forward order; int8 ones as the real values they stand for.
+
+    Args:
+        file: of any kind.
+        fold: fold batch norms into the weights, where the file has not done so.
+    """
+    if isinstance(file.source, Int8Model):
+        weights = file.source.dequantized_weights()
+    elif isinstance(file.source, Weights):
+        model = file.source.model
+        weights = folded_weights(model) if fold else _weights_of(model)
+    else:
+        weights = _weights_of(file.source)
+    return {name: weight.numpy() for name, weight in weights.items()}
+
+
+def _weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: layer.weight.detach() for name, layer in prunable_layers(model).items()}
+
+
+def file_bytes(file: ModelFile) -> pd.DataFrame:
+    """Return where the bytes of a file go.
+
+    Returns:
+        Columns as those of `packed_sizes`. What is no tensor of a layer counts as header, in a layer
+        without a name. The sum of `bytes` is the size of the file.
+    """
+    if is_packed(file.path):
+        return packed_sizes(file.path)
+    rows = _int8_bytes(file.source) if isinstance(file.source, Int8Model) else _float_bytes(file)
+    rows.append(("", "header", file.path.stat().st_size - sum(size for _, _, size in rows)))
+    sizes = pd.DataFrame(rows, columns=["layer", "kind", "bytes"])
+    return sizes.groupby(["layer", "kind"], sort=False, as_index=False).sum()
+
+
+def _float_bytes(file: ModelFile) -> list[tuple[str, str, int]]:
+    model = file.source.model if isinstance(file.source, Weights) else file.source
+    layers, layer, rows = prunable_layers(model), "", []
+    for name, module in model.named_modules():
+        # A batch norm belongs to the layer before it.
+        layer = name if name in layers else layer
+        kinds = {"weight": "values", "bias": "biases"} if name in layers else {}
+        for key, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            rows.append((layer, kinds.get(key, "batch_norm"), value.nbytes))
+    return rows
+
+
+def _int8_bytes(model: Int8Model) -> list[tuple[str, str, int]]:
+    rows = []
+    for name, weight in model.weights.items():
+        rows += [(name, "values", weight.nbytes), (name, "biases", model.biases[name].nbytes)]
+        if model.per_channel:
+            # TorchScript holds scales as float64 and zero points as int64.
+            rows.append((name, "scales", 16 * len(model.scales[name])))
+    return rows
 
 
 def plot_model(

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from models import MobileNetV2
-
 from utils.common.errors import UserError, one_line
 
 

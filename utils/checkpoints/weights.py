@@ -18,7 +18,7 @@ from models.mobilenetv2 import OUTPUT_STRIDES
 from utils.checkpoints.foreign import architecture_of
 from utils.checkpoints.metadata import check_image_size, parse_normalization
 from utils.common.errors import UserError, one_line
-from utils.common.files import check_input, save_torch
+from utils.common.files import save_torch
 from utils.common.runtime import plain, versions
 from utils.data.datasets import DEFAULT_IMAGE_SIZE, ImageData, Normalization, measure_normalization
 

@@ -57,9 +57,7 @@ def pack_torchscript(scripted: torch.jit.ScriptModule, metadata: Metadata) -> by
     return packed.getvalue()
 
 
-def save_torchscript(
-    path: str | os.PathLike, scripted: torch.jit.ScriptModule, metadata: Metadata
-) -> None:
+def save_torchscript(path: str | os.PathLike, scripted: torch.jit.ScriptModule, metadata: Metadata) -> None:
     """Write a model and its metadata.
 
     Raises:

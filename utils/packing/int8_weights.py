@@ -58,7 +58,10 @@ def encode_int8(model: Int8Model, metadata: Metadata) -> bytes:
     arrays[OUTPUT_SCALES] = np.array([one.scale for one in qparams], np.float32)
     indices = {name: _scale_indices(scale) for name, scale in model.scales.items()}
     multiples = {name: _bias_multiples(bias, model.bias_units(name)) for name, bias in model.biases.items()}
-    for kind, values, integers in (("weight_scale", model.scales, indices), ("bias", model.biases, multiples)):
+    for kind, values, integers in (
+        ("weight_scale", model.scales, indices),
+        ("bias", model.biases, multiples),
+    ):
         are_integers = all(value is not None for value in integers.values())
         for name, value in (integers if are_integers else values).items():
             arrays[f"{name}.{kind}"] = value.numpy()
@@ -75,7 +78,11 @@ def _scale_indices(scales: Tensor) -> Tensor | None:
     """Return the scales (n,) of a weight as int8; None if others come out of it."""
     indices = scale_index(scales) + FIRST_INDEX
     fits = bool((indices <= 127).all())
-    return indices.to(torch.int8) if fits and torch.equal(scale_from_index(indices - FIRST_INDEX), scales) else None
+    return (
+        indices.to(torch.int8)
+        if fits and torch.equal(scale_from_index(indices - FIRST_INDEX), scales)
+        else None
+    )
 
 
 def _bias_multiples(bias: Tensor, units: Tensor) -> Tensor | None:
@@ -129,7 +136,9 @@ def read_int8(path: str | os.PathLike) -> tuple[Int8Model, Metadata]:
         names, zero_points = activation_names(metadata.architecture), map(int, file.header["zero_points"])
         activations = {
             name: QParams(scale, zero_point)
-            for name, scale, zero_point in zip(names, arrays[OUTPUT_SCALES].tolist(), zero_points, strict=True)
+            for name, scale, zero_point in zip(
+                names, arrays[OUTPUT_SCALES].tolist(), zero_points, strict=True
+            )
         }
         if not all(one.scale > 0 and 0 <= one.zero_point <= 255 for one in activations.values()):
             raise ValueError("an activation has no range")

@@ -14,6 +14,7 @@ from utils.checkpoints.metadata import Metadata
 from utils.checkpoints.weights import Weights
 from utils.common.errors import UserError
 from utils.common.files import check_input
+from utils.common.tables import format_table
 from utils.packing import float_weights, int8_weights
 from utils.packing.codecs import GAPS, MASK, huffman_size, is_kept, planes_size, to_gaps
 from utils.packing.format import PackedFile, is_packed
@@ -138,3 +139,17 @@ def packed_sizes(path: str | os.PathLike) -> "pd.DataFrame":
     }
     by_layer = sizes.sort_values("layer", key=lambda column: column.map(order), kind="stable")
     return by_layer.reset_index(drop=True)
+
+
+def format_sizes(sizes: "pd.DataFrame") -> str:
+    """Lay out where the bytes of a file go, by kind.
+
+    Args:
+        sizes: as `packed_sizes` returns them.
+    """
+    by_kind = sizes.groupby("kind")["bytes"].sum()
+    total = int(by_kind.sum())
+    rows = [
+        (kind, int(by_kind[kind]), f"{100 * by_kind[kind] / total:.2f}") for kind in KINDS if kind in by_kind
+    ]
+    return format_table(["in the file", "bytes", "%"], [*rows, ("all", total, "100.00")])

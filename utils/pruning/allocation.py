@@ -16,13 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models import MobileNetV2, MobileNetV2Quantization
+from models.folding import folded_weights
 from models.statistics import LayerStatistics, ModelStatistics, prunable_layers
 from utils.common.csv_files import suggest
 from utils.common.errors import UserError
 from utils.pruning.pruner import kept_count
 from utils.pruning.scanning_log import Measurement
-from utils.quantization.eager import fold_batch_norms, without_constant_channels
 
 METHODS = ("uniform", "erk", "global", "lamp", "sensitivity")
 DEFAULT_METHOD = "lamp"
@@ -388,12 +387,6 @@ def shortest_keep_ratio(kept: int, total: int) -> float:
         if abs(ratio * total - kept) < 0.25 and kept_count(total, ratio) == kept:
             return ratio
     return kept / total
-
-
-def folded_weights(model: MobileNetV2) -> dict[str, Tensor]:
-    """The weight of each layer with its batch norm folded in; channels that are constant are zero."""
-    folded = fold_batch_norms(without_constant_channels(MobileNetV2Quantization.from_float(model)))
-    return {name: layer.weight.detach() for name, layer in prunable_layers(folded).items()}
 
 
 def _rising(points: dict[int, float]) -> Curve:

@@ -68,15 +68,15 @@ def load_teacher(paths: list[str], student: Weights, device: torch.device) -> nn
 
 def _load_member(path: str, student: Weights, device: torch.device) -> nn.Module:
     teacher = open_model(path, kinds=ALL_KINDS)
-    classes = teacher.architecture["num_classes"], student.model.architecture["num_classes"]
-    if classes[0] != classes[1] or teacher.class_names not in (None, student.class_names):
+    classes = teacher.metadata.architecture["num_classes"], student.model.architecture["num_classes"]
+    if classes[0] != classes[1] or teacher.metadata.class_names not in (None, student.class_names):
         raise UserError(f"--teacher {path} knows other classes than the model: give one of the same data set")
-    if teacher.normalization not in (None, student.normalization):
+    if teacher.metadata.normalization not in (None, student.normalization):
         raise UserError(
             f"--teacher {path} was trained with another normalization than the model: "
             "give one of the same data set and --val_size"
         )
-    if teacher.engine is not None and device.type != "cpu":
+    if teacher.metadata.engine is not None and device.type != "cpu":
         raise UserError(f"--teacher {path} is int8, which runs on a CPU alone: give float weights")
     return teacher.model.to(device, memory_format=torch.channels_last)
 
