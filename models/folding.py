@@ -59,7 +59,7 @@ def walk(model: MobileNetV2) -> list[Operation]:
 
 
 def fold_batch_norms(model: MobileNetV2) -> MobileNetV2:
-    """Return a copy in eval mode whose batch norms are folded into its convolutions; outputs stay the same."""
+    """Return a copy in eval mode whose batch norms are folded into its convolutions; outputs stay."""
     folded = copy.deepcopy(model).eval()
     for sequence in [module for module in folded.modules() if isinstance(module, nn.Sequential)]:
         for index in range(len(sequence) - 1):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.ao.quantization import FakeQuantize
 
 from models import MobileNetV2Quantization
+from models.folding import INPUT, fold_batch_norms
 from models.statistics import prunable_layers
 from utils.common.errors import UserError
 from utils.data.datasets import load_data
@@ -19,28 +20,23 @@ from utils.open_weights import open_weights
 from utils.pruning.pruner import FineGrainedPruner
 from utils.quantization.bias_correction import correct_biases
 from utils.quantization.eager import (
-    BIAS_UNITS_A_STEP,
-    LARGEST_PAIR,
     WEIGHT_BITS,
     ActivationObserver,
     WeightObserver,
-    bias_units,
     calibrate,
     calibrate_qat,
     convert_qat,
-    fold_batch_norms,
     freeze_batch_norms,
     freeze_ranges,
-    int8_parameters,
-    largest_pair,
+    from_module,
     layer_bits,
     post_training_quantize,
     prepare_qat,
-    round_biases,
-    scale_codes,
-    scale_of,
+    to_module,
     use_engine,
 )
+from utils.quantization.int8_model import BIAS_UNITS_PER_STEP, Int8Model, bias_units
+from utils.quantization.observers import LARGEST_PAIR, largest_pair, scale_from_index, scale_index
 
 ENGINES = [e for e in torch.backends.quantized.supported_engines if e != "none"]
 ENGINE = "fbgemm" if "fbgemm" in ENGINES else "qnnpack"
@@ -83,9 +79,14 @@ def reference(weights):
     return fold_batch_norms(weights.model)
 
 
+@torch.no_grad()
 def logits_of(model, images):
-    with torch.no_grad():
-        return model(images)
+    return (to_module(model) if isinstance(model, Int8Model) else model)(images)
+
+
+def int8_parameters(model: Int8Model) -> dict[str, torch.Tensor]:
+    weights = {f"{name}.weight": weight for name, weight in model.weights.items()}
+    return weights | {f"{name}.bias": bias for name, bias in model.biases.items()}
 
 
 def signal_to_noise_db(expected, found) -> float:
@@ -194,7 +195,7 @@ def test_codes_of_all_bits_keep_their_range_and_the_rule_of_pairs(weight, bits, 
     assert not codes[weight == 0].any()
     assert not quantizer.zero_point.any()
     assert len(quantizer.scale) == (len(weight) if per_channel else 1)
-    assert torch.equal(scale_of(scale_codes(quantizer.scale)), quantizer.scale)
+    assert torch.equal(scale_from_index(scale_index(quantizer.scale)), quantizer.scale)
     # A weight is off by half a scale, or large and clipped by a twelfth.
     error = (rounded - weight).abs()
     largest = weight.abs().flatten(1).amax(1)
@@ -205,7 +206,7 @@ def test_codes_of_all_bits_keep_their_range_and_the_rule_of_pairs(weight, bits, 
 @given(st.floats(2**-20, 2**10, width=32))
 @settings(max_examples=300, deadline=None)
 def test_a_scale_is_the_next_of_eight_an_octave(value):
-    scale = scale_of(scale_codes(torch.tensor([value])))
+    scale = scale_from_index(scale_index(torch.tensor([value])))
     assert scale.dtype == torch.float32
     assert value * (1 - 1e-6) <= scale.item() <= value * 2 ** (1 / 8) * (1 + 1e-6)
     assert scale.item() == pytest.approx(
@@ -215,8 +216,8 @@ def test_a_scale_is_the_next_of_eight_an_octave(value):
 
 def test_a_scale_that_is_possible_stays():
     codes = torch.arange(0, 256, dtype=torch.int)
-    assert torch.equal(scale_codes(scale_of(codes)), codes)
-    assert scale_of(codes)[::8].tolist() == pytest.approx(
+    assert torch.equal(scale_index(scale_from_index(codes)), codes)
+    assert scale_from_index(codes)[::8].tolist() == pytest.approx(
         [2.0**k * 2 ** (1 / 16) for k in range(-20, 12)], rel=1e-6
     )
 
@@ -227,8 +228,8 @@ def test_the_largest_weight_of_few_bits_is_clipped_if_that_costs_less():
     one, all_of_them = torch.cat([whole, torch.tensor([15.2])]), torch.full_like(whole, 15.45)
     for weight, expected in ((one, 160), (all_of_them, 161)):
         observer = WeightObserver(per_channel=True, bits=5)
-        observer(weight.view(1, -1) * scale_of(torch.tensor([160])))
-        assert scale_codes(observer.calculate_qparams()[0]).tolist() == [expected]
+        observer(weight.view(1, -1) * scale_from_index(torch.tensor([160])))
+        assert scale_index(observer.calculate_qparams()[0]).tolist() == [expected]
 
 
 def test_the_first_layer_and_the_depthwise_ones_keep_8_bits(weights):
@@ -321,7 +322,8 @@ def test_int8_answers_as_float_does(weights, calibrated, data, test_images, name
         model = post_training_quantize(calibrated, per_channel)
         found = logits_of(model, test_images)
         assert signal_to_noise_db(expected, found) > 15
-        accuracy_pct = evaluate(model, Batches(data.test, weights.normalization, batch_size=32)).accuracy_pct
+        batches = Batches(data.test, weights.normalization, batch_size=32)
+        accuracy_pct = evaluate(to_module(model), batches).accuracy_pct
         assert abs(accuracy_pct - float_accuracy_pct) <= 3
 
 
@@ -369,7 +371,7 @@ def test_relu6_is_where_the_convolution_saturates(weights, batches):
     with torch.no_grad():
         model.features[0][1].weight.mul_(20)  # far beyond 6
     folded = fold_batch_norms(model)
-    int8 = post_training_quantize(calibrate(model, batches), per_channel=True)
+    int8 = to_module(post_training_quantize(calibrate(model, batches), per_channel=True))
     images, _ = next(iter(batches))
     before_clamp = logits_of(folded.features[0][0], images)
     assert before_clamp.max() > 20
@@ -392,9 +394,9 @@ def test_ranges_of_activations_lie_within_relu6s(calibrated):
     ]
     assert len(activated) == 35
     for name in activated:
-        layer = int8.get_submodule(f"{name}.0")
-        assert layer.zero_point == 0
-        assert 0 < 255 * layer.scale <= 6 + 1e-5
+        qparams = int8.activations[f"{name}.0"]
+        assert qparams.zero_point == 0
+        assert 0 < 255 * qparams.scale <= 6 + 1e-5
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
@@ -468,7 +470,7 @@ def test_biases_are_rounded_to_a_power_of_two_of_steps():
     """Brought up to at most a quarter of the output's step; those that are larger stay."""
     steps = torch.tensor([1e-9, 1e-4, 0.0025, 0.003, 1.0], dtype=torch.float64)
     units = bias_units(steps, 0.02)
-    most = 0.02 / BIAS_UNITS_A_STEP
+    most = 0.02 / BIAS_UNITS_PER_STEP
     assert ((units[:3] <= most) & (units[:3] > most / 2)).all()
     assert units[3:].tolist() == [0.003, 1.0]
     mantissas, _ = torch.frexp(units / steps)
@@ -477,9 +479,9 @@ def test_biases_are_rounded_to_a_power_of_two_of_steps():
 
 def test_biases_are_whole_accumulator_steps(calibrated):
     int8 = post_training_quantize(calibrated, per_channel=True)
-    stem, head = int8.features[0][0], int8.classifier[1]
-    for layer, input_scale in ((stem, int8.quant.scale.item()), (head, int8.features[-1][0].scale)):
-        steps = layer.bias().double() / (layer.weight().q_per_channel_scales() * input_scale)
+    for layer, source in (("features.0.0", INPUT), ("classifier.1", "features.18.0")):
+        input_scale = int8.activations[source].scale
+        steps = int8.biases[layer].double() / (int8.scales[layer].double() * input_scale)
         assert steps.abs().max() > 100
         assert (steps - steps.round()).abs().max() < 1e-6 * steps.abs().max()
 
@@ -652,12 +654,24 @@ def test_a_dead_channel_does_not_coarsen_the_others(weights, batches, test_image
     assert signal_to_noise_db(expected, found) > 10
 
 
+def test_tensors_become_modules_and_come_back(calibrated):
+    for per_channel in (False, True):
+        model = post_training_quantize(calibrated, per_channel)
+        again = from_module(to_module(model))
+        assert (again.architecture, again.activations) == (model.architecture, model.activations)
+        for name, weight in model.weights.items():
+            assert torch.equal(again.weights[name], weight)
+            assert torch.equal(again.scales[name], model.scales[name])
+            assert torch.equal(again.biases[name], model.biases[name])
+        assert model.per_channel == per_channel
+
+
 # Bias correction
 
 
 @torch.no_grad()
 def errors_of(model, reference, images):
-    return model(images) - reference(images)
+    return logits_of(model, images) - reference(images)
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -666,8 +680,7 @@ def test_images_never_seen_are_answered_more_as_float_does(test_images, batches,
     for per_channel in (False, True):
         model = post_training_quantize(calibrated, per_channel, weight_bits=5)
         before = errors_of(model, reference, test_images)
-        assert correct_biases(model, reference, batches) is model
-        after = errors_of(model, reference, test_images)
+        after = errors_of(correct_biases(model, reference, batches), reference, test_images)
         assert after.square().mean() < 0.8 * before.square().mean()
 
 
@@ -675,10 +688,10 @@ def test_the_mean_error_of_each_logit_is_gone(batches, reference, calibrated):
     images = torch.cat([images for images, _ in batches])
     model = post_training_quantize(calibrated, per_channel=False, weight_bits=5)
     before = errors_of(model, reference, images).mean(0).abs()
-    correct_biases(model, reference, [(images, None)])
-    after = errors_of(model, reference, images).mean(0).abs()
+    corrected = correct_biases(model, reference, [(images, None)])
+    after = errors_of(corrected, reference, images).mean(0).abs()
     # Half a step is what rounding the logits may leave, and another what rounding the biases may.
-    assert after.max() < model.classifier[-1].scale < before.max() / 2
+    assert after.max() < model.activations["classifier.1"].scale < before.max() / 2
 
 
 def test_later_batches_count_less(batches, reference, calibrated):
@@ -687,8 +700,9 @@ def test_later_batches_count_less(batches, reference, calibrated):
 
     def biases_after(*images: torch.Tensor) -> torch.Tensor:
         model = post_training_quantize(calibrated, per_channel=False, weight_bits=5)
-        correct_biases(model, reference, [(batch, None) for batch in images])
-        return torch.cat([value for name, value in int8_parameters(model).items() if name.endswith("bias")])
+        return torch.cat(
+            [*correct_biases(model, reference, [(batch, None) for batch in images]).biases.values()]
+        )
 
     early = biases_after(first, second) - biases_after(first)
     late = biases_after(*[first] * 9, second) - biases_after(*[first] * 9)
@@ -698,20 +712,20 @@ def test_later_batches_count_less(batches, reference, calibrated):
 def test_biases_alone_change_and_stay_whole_steps(batches, reference, calibrated):
     model = post_training_quantize(calibrated, per_channel=True)
     before = int8_parameters(model)
-    correct_biases(model, reference, batches)
-    after = int8_parameters(model)
+    corrected = correct_biases(model, reference, batches)
+    after = int8_parameters(corrected)
     for name, value in before.items():
         assert name.endswith("bias") or torch.equal(value, after[name])
     assert any(not torch.equal(value, after[name]) for name, value in before.items())
-    round_biases(model)
-    assert all(torch.equal(value, after[name]) for name, value in int8_parameters(model).items())
+    again = int8_parameters(corrected.with_rounded_biases())
+    assert all(torch.equal(value, after[name]) for name, value in again.items())
 
 
 def test_nothing_is_left_on_either_model(batches, reference, calibrated):
     state = copy.deepcopy(reference.state_dict())
     model = post_training_quantize(calibrated, per_channel=True)
     correct_biases(model, reference, batches)
-    for module in (*model.modules(), *reference.modules()):
+    for module in reference.modules():
         assert not module._forward_hooks
     assert all(torch.equal(value, state[name]) for name, value in reference.state_dict().items())
 
@@ -725,5 +739,5 @@ def test_channels_that_relu6_always_holds_stay(weights, batches):
     int8 = post_training_quantize(calibrate(model, batches), per_channel=True)
     name = "features.1.conv.0.0.bias"
     before = int8_parameters(int8)[name]
-    correct_biases(int8, reference, batches)
-    torch.testing.assert_close(int8_parameters(int8)[name][:2], before[:2])
+    after = int8_parameters(correct_biases(int8, reference, batches))[name]
+    torch.testing.assert_close(after[:2], before[:2])

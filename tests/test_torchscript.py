@@ -11,34 +11,35 @@ import torch
 from torch import nn
 
 from models import MobileNetV2
+from models.folding import fold_batch_norms
 from tests.conftest import REPOSITORY
+from utils.checkpoints.metadata import FORMAT_VERSION, Metadata
 from utils.common.errors import UserError
 from utils.data.datasets import Normalization, load_data
 from utils.data.loader import Batches
 from utils.deployment.torchscript import (
-    FORMAT_VERSION,
     METADATA_FILE,
-    ScriptMetadata,
     float_forms,
-    fresh_copy,
-    load_torchscript,
     pack_torchscript,
     save_torchscript,
     to_torchscript,
 )
+from utils.deployment.torchscript_reader import read_torchscript
+from utils.open_model import open_model
 from utils.open_weights import open_weights
 from utils.quantization.eager import (
     calibrate,
     calibrate_qat,
     convert_qat,
-    fold_batch_norms,
     post_training_quantize,
     prepare_qat,
+    to_module,
     use_engine,
 )
+from utils.quantization.int8_model import Int8Model
 
 ENGINE = "fbgemm" if "fbgemm" in torch.backends.quantized.supported_engines else "qnnpack"
-METADATA = ScriptMetadata(
+METADATA = Metadata(
     variant="ptq_per_channel",
     engine=ENGINE,
     architecture={"num_classes": 3, "width_mult": 0.1, "dropout": 0.0, "output_stride": 32},
@@ -55,7 +56,7 @@ METADATA = ScriptMetadata(
 
 
 @pytest.fixture(scope="module")
-def models(tiny_qmodel, tiny_folder) -> dict[str, nn.Module]:
+def models(tiny_qmodel, tiny_folder) -> dict[str, nn.Module | Int8Model]:
     use_engine(ENGINE)
     weights = open_weights(tiny_qmodel, "qmodel")
     data = load_data(Namespace(dataset="folder", data_dir=tiny_folder, image_size=None, val_size=None))
@@ -72,6 +73,13 @@ def models(tiny_qmodel, tiny_folder) -> dict[str, nn.Module]:
 
 
 @pytest.fixture(scope="module")
+def modules(models) -> dict[str, nn.Module]:
+    """What runs, before it is TorchScript."""
+    use_engine(ENGINE)
+    return {name: model if name == "float" else to_module(model) for name, model in models.items()}
+
+
+@pytest.fixture(scope="module")
 def scripted(models):
     return to_torchscript(models["ptq_per_channel"], 32)
 
@@ -85,12 +93,12 @@ def content(scripted) -> bytes:
 def refused(tmp_path):
     """Write a file and give the one line with which it is refused."""
 
-    def refuse(content: bytes) -> str:
+    def refuse(content: bytes, read=read_torchscript) -> str:
         path = tmp_path / "bad.pt"
         path.write_bytes(content)
         before = torch.backends.quantized.engine
         with pytest.raises(UserError) as caught:
-            load_torchscript(path)
+            read(path)
         assert torch.backends.quantized.engine == before
         message = str(caught.value)
         assert len(message.splitlines()) == 1
@@ -121,12 +129,13 @@ def with_metadata(content: bytes, **changes) -> bytes:
 
 
 @pytest.mark.parametrize("variant", ["float", "ptq_per_tensor", "ptq_per_channel", "qat"])
-def test_a_saved_model_answers_as_the_eager_one_bit_for_bit(models, tmp_path, variant):
-    model = models[variant]
+def test_a_saved_model_answers_as_the_eager_one_bit_for_bit(models, modules, tmp_path, variant):
+    model = modules[variant]
     metadata = replace(METADATA, variant=variant, engine=None if variant == "float" else ENGINE)
-    save_torchscript(tmp_path / "model.pt", to_torchscript(model, 32), metadata)
-    loaded, read = load_torchscript(tmp_path / "model.pt")
-    assert read == metadata
+    save_torchscript(tmp_path / "model.pt", to_torchscript(models[variant], 32), metadata)
+    file = open_model(tmp_path / "model.pt")
+    loaded = file.model
+    assert file.metadata == metadata
     for size in (1, 2, 7, 64):
         images = torch.randn(size, 3, 32, 32, generator=torch.Generator().manual_seed(size))
         with torch.inference_mode():
@@ -138,21 +147,21 @@ def test_a_saved_model_answers_as_the_eager_one_bit_for_bit(models, tmp_path, va
             assert torch.equal(loaded(images), model(images))
 
 
-def test_it_takes_images_of_other_sizes(models, scripted):
+def test_it_takes_images_of_other_sizes(modules, scripted):
     images = torch.randn(2, 3, 48, 64)
     with torch.inference_mode():
-        assert torch.equal(scripted(images), models["ptq_per_channel"](images))
+        assert torch.equal(scripted(images), modules["ptq_per_channel"](images))
 
 
 def test_it_can_be_put_into_eval_mode(content, tmp_path):
     (tmp_path / "model.pt").write_bytes(content)
-    loaded, _ = load_torchscript(tmp_path / "model.pt")
+    loaded = open_model(tmp_path / "model.pt").model
     assert not loaded.training
     assert not loaded.eval().training
 
 
-def test_the_int8_graph_holds_what_is_needed_and_nothing_else(models, scripted):
-    shortcuts = [getattr(m, "use_res_connect", False) for m in models["ptq_per_channel"].modules()]
+def test_the_int8_graph_holds_what_is_needed_and_nothing_else(modules, scripted):
+    shortcuts = [getattr(m, "use_res_connect", False) for m in modules["ptq_per_channel"].modules()]
     kinds = [node.kind() for node in scripted.inlined_graph.nodes()]
     counts = {kind: kinds.count(kind) for kind in set(kinds) - {"prim::Constant", "prim::ListConstruct"}}
     assert counts == {
@@ -178,23 +187,23 @@ def test_equal_models_give_equal_files_that_name_no_place(scripted, content):
     assert b".py(" not in content
 
 
-def test_torch_alone_opens_it(content, models):
+def test_torch_alone_opens_it(content, modules):
     use_engine(ENGINE)
     images = torch.randn(3, 3, 32, 32)
     with torch.inference_mode():
-        assert torch.equal(torch.jit.load(io.BytesIO(content))(images), models["ptq_per_channel"](images))
+        assert torch.equal(torch.jit.load(io.BytesIO(content))(images), modules["ptq_per_channel"](images))
 
 
-def test_it_loads_whatever_engine_is_current_and_leaves_that(content, tmp_path, models):
+def test_it_loads_whatever_engine_is_current_and_leaves_that(content, tmp_path, modules):
     (tmp_path / "model.pt").write_bytes(content)
     images = torch.randn(3, 3, 32, 32)
     for name in torch.backends.quantized.supported_engines:
         torch.backends.quantized.engine = name
-        loaded, metadata = load_torchscript(tmp_path / "model.pt")
+        file = open_model(tmp_path / "model.pt")
         assert torch.backends.quantized.engine == name
-        use_engine(metadata.engine)
+        file.use_engine()
         with torch.inference_mode():
-            assert torch.equal(loaded(images), models["ptq_per_channel"](images))
+            assert torch.equal(file.model(images), modules["ptq_per_channel"](images))
 
 
 @pytest.fixture
@@ -208,11 +217,14 @@ def onednn():
 
 
 @pytest.mark.parametrize("batch_size", [1, 32])
-def test_an_engine_changes_no_logit_by_more_than_a_few_steps(models, scripted, onednn, batch_size):
+def test_an_engine_changes_no_logit_by_more_than_a_few_steps(models, modules, onednn, batch_size):
     images = torch.randn(batch_size, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        expected, logits = models["ptq_per_channel"](images), fresh_copy(scripted)(images)
-    step = models["ptq_per_channel"].classifier[-1].scale
+        expected, logits = (
+            modules["ptq_per_channel"](images),
+            to_torchscript(models["ptq_per_channel"], 32)(images),
+        )
+    step = models["ptq_per_channel"].activations["classifier.1"].scale
     torch.testing.assert_close(logits, expected, rtol=0, atol=8 * step)
 
 
@@ -228,7 +240,7 @@ def test_every_form_of_a_float_model_answers_alike(models):
 
 def test_a_missing_file(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
-        load_torchscript(tmp_path / "none.pt")
+        read_torchscript(tmp_path / "none.pt")
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.99, 0.9999])
@@ -249,7 +261,7 @@ def test_a_torchscript_file_of_another_project(refused):
 
 
 def test_an_engine_that_this_machine_lacks(refused, content):
-    message = refused(with_metadata(content, engine="tpu"))
+    message = refused(with_metadata(content, engine="tpu"), open_model)
     assert "made for the quantization engine tpu, which this machine does not run" in message
     assert ENGINE in message
 
@@ -281,26 +293,26 @@ def test_an_archive_that_lacks_a_part(refused, content):
     assert "damaged" in refused(repacked(content, lambda n, e: None if n == "constants/3" else e))
 
 
-def test_damaged_files_are_refused_or_hold_what_was_written(tmp_path, content, models):
+def test_damaged_files_are_refused_or_hold_what_was_written(tmp_path, content, modules):
     generator, refusals = random.Random(0), 0
     path = tmp_path / "damaged.pt"
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
-        expected = models["ptq_per_channel"](images)
+        expected = modules["ptq_per_channel"](images)
     for _ in range(60):
         damaged = bytearray(content)
         for _ in range(generator.randint(1, 8)):
             damaged[generator.randrange(len(damaged))] ^= generator.randint(1, 255)
         path.write_bytes(damaged)
         try:
-            loaded, metadata = load_torchscript(path)
+            file = open_model(path)
         except UserError as error:
             assert len(str(error).splitlines()) == 1
             refusals += 1
         else:
-            assert metadata == METADATA
+            assert file.metadata == METADATA
             with torch.inference_mode():
-                assert torch.equal(loaded(images), expected)
+                assert torch.equal(file.model(images), expected)
     assert refusals > 50
 
 

@@ -72,16 +72,16 @@ def read_torchscript(path: str | os.PathLike) -> tuple[Int8Model | MobileNetV2, 
 
 
 def _read_metadata(path: Path, archive: zipfile.ZipFile) -> Metadata:
-    _check_members(archive)
-    damaged = archive.testzip()
-    if damaged is not None:
-        raise UserError(f"{path} is damaged (the checksum of {damaged} is wrong): write or fetch it again")
     names = [name for name in archive.namelist() if name.endswith(f"/extra/{METADATA_FILE}")]
     if len(names) != 1:
         raise UserError(
             f"{path} is a TorchScript file of another project: only files of "
             "post_training_quantization.py and quantization_aware_training.py are opened"
         )
+    _check_members(archive)
+    damaged = archive.testzip()
+    if damaged is not None:
+        raise UserError(f"{path} is damaged (the checksum of {damaged} is wrong): write or fetch it again")
     try:
         return Metadata.from_json(_read_text(archive, names[0]).decode())
     except Exception as error:
