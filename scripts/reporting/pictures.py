@@ -1,6 +1,7 @@
 """Pictures of the records under results/; the same records give the same bytes."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,13 @@ import numpy as np
 from matplotlib.figure import Figure  # which, without pyplot, needs no display
 from matplotlib.lines import Line2D
 
-from scripts.reporting.tables import Results, model_rows, number
-from utils.common.errors import UserError
+from scripts.reporting.tables import Results, Values, model_rows, number
 from utils.common.files import atomic_write
-from utils.pruning.plots import plot_sensitivity
-from utils.pruning.scanning_log import read_measurements, read_recommended
 
 # Okabe and Ito's, told apart by the colour-blind.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "^", "s", "D", "x", "v", "*", "h", "P", "<", ">", "p", "d", "8", "X", "H")
+# QAT, the fourth, often lies on PTQ per channel: a cross shows within the square.
+MARKERS = ("o", "^", "s", "x", "D", "v", "*", "h", "P", "<", ">", "p", "d", "8", "X", "H")
 LINES = ("-", "--", ":", "-.")
 ACCURACY_TICKS_PCT = (10, 20, 30, 40, 50, 60, 70, 75, 80, 85, 90, 92, 94, 96, 97, 98, 99)
 SIZE_TICKS_MB = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
@@ -43,12 +42,12 @@ def draw_accuracy_against_size(results: Results, path: Path) -> bool:
         return False
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     axis = figure.subplots()
-    colors = _assign((f"{row['group']}, {row['weights']}" for row in rows), COLORS)
-    markers = _assign((row["form"] for row in rows), MARKERS)
+    colors = dict(zip(dict.fromkeys(_weights_of(row) for row in rows), cycle(COLORS), strict=False))
+    markers = dict(zip(dict.fromkeys(row["form"] for row in rows), cycle(MARKERS), strict=False))
     for row in rows:
         axis.plot(
             row["file_size_mb"], row["accuracy_pct"], marker=markers[row["form"]], markersize=10,
-            color=colors[f"{row['group']}, {row['weights']}"], markerfacecolor="none", markeredgewidth=1.8,
+            color=colors[_weights_of(row)], markerfacecolor="none", markeredgewidth=1.8,
         )  # fmt: skip
     _scale_by_errors(axis, [row["accuracy_pct"] for row in rows])
     axis.set_xscale("log")
@@ -62,6 +61,10 @@ def draw_accuracy_against_size(results: Results, path: Path) -> bool:
     figure.legend(handles=forms, loc="outside lower center", ncols=4, frameon=False)
     _save(figure, path)
     return True
+
+
+def _weights_of(row: Values) -> str:
+    return f"{row['group']}, {row['weights']}"
 
 
 def draw_training_curves(results: Results, path: Path) -> bool:
@@ -111,37 +114,10 @@ def _curve(content: Any) -> tuple[str, Curve] | None:
     return (Path(content["command"].split()[1]).name, curve) if len(curve) > 1 else None
 
 
-def draw_sensitivity(results: Results, path: Path) -> bool:
-    """Draw scanning_log.csv as the scan does, with the threshold of scan.json; returns as above."""
-    log = results.folder / "scanning_log.csv"
-    limits = results.read(
-        "scan",
-        lambda record: (
-            number(record["results"]["dense_accuracy_pct"]),
-            number(record["arguments"]["accuracy_threshold"]),
-        ),
-    )
-    if limits is None or not log.exists():
-        return False
-    _, descriptions = read_recommended(log)
-    try:
-        shapes = {name: tuple(map(int, shape.split("x"))) for name, (shape, *_) in descriptions.items()}
-    except ValueError as error:
-        raise UserError(f"{log} has a shape that is not like 32x3x3x3 ({error}): scan again") from error
-    plot_sensitivity(path, read_measurements(log, descriptions), shapes, *limits)
-    return True
-
-
 PICTURES: dict[str, Callable[[Results, Path], bool]] = {
     "accuracy_against_size.png": draw_accuracy_against_size,
     "training_curves.png": draw_training_curves,
-    "scanning_log.png": draw_sensitivity,
 }
-
-
-def _assign(names: Iterable[str], values: Sequence[str]) -> dict[str, str]:
-    """Return a value for each different name, in order; they start again when they are used up."""
-    return {name: values[index % len(values)] for index, name in enumerate(dict.fromkeys(names))}
 
 
 def _scale_by_errors(axis, accuracies_pct: Sequence[float]) -> None:
