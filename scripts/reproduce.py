@@ -133,7 +133,8 @@ COMMANDS = f"""
 {ptq("os16_", OS16_LONGER)}
 135 train.py DATA --weights {OS16_LONGER} --teacher {int8_file("cutout_")} {int8_file("os16_")}
   --distill_weight 0.7 --optimizer muon --lr 0.04 --muon_lr 0.01 {COSINE} --epochs 40
-  --output_stride 8 {TEACH} --output runs/float_os8_taught/mobilenetv2.pth --record results/float_os8_taught.json
+  --output_stride 8 {TEACH} --output runs/float_os8_taught/mobilenetv2.pth
+  --record results/float_os8_taught.json
 {ptq("taught_", "runs/float_os8_taught/mobilenetv2.pth")}
 135 train.py DATA --weights runs/float_os8_taught/mobilenetv2.pth --teacher {int8_file("taught_")}
   --distill_weight 0.5 --optimizer muon --lr 0.03 --muon_lr 0.0075 {COSINE} --epochs 42
