@@ -142,7 +142,9 @@ def model_rows(results: Results) -> tuple[list[Values], str]:
     if any(row["spread"] for row in rows):
         said.append("± is the sample standard deviation over n seeds.")
     if any(run["is_jpeg"] for run in evaluated.values()):
-        said.append("All are from a JPEG copy (quality 75) of CIFAR-10, not from the official pixels.")
+        said.append(
+            "Our numbers are from a JPEG copy (quality 75) of CIFAR-10, not from the official pixels."
+        )
     return rows, " ".join(said)
 
 
@@ -163,12 +165,18 @@ def _unmeasured(name: str, group: str, density_pct: float, form: str) -> Values:
 
 
 def _published(row: Values) -> Values:
-    values = {key: number(value) for key, value in row.items() if key != "model" and value is not None}
-    form = row["model"].replace("pruned", "float")
-    names = _unmeasured(f"published/{row['model']}", "published", 100 * values["density"], form)
     # Its own differences, which its accuracies do not always give.
-    points, size, latency = values["change_points"], values["size_mb"], values.get("latency_ms")
-    return names | values | {"points": points, "file_size_mb": size, "median_ms": latency}
+    renamed = {
+        "accuracy_pct": "accuracy_pct",
+        "points": "change_points",
+        "file_size_mb": "size_mb",
+        "density": "density",
+    }
+    figures = {key: number(row[published]) for key, published in renamed.items()}
+    if row["latency_ms"] is not None:
+        figures["median_ms"] = number(row["latency_ms"])
+    form = row["model"].replace("pruned", "float")
+    return _unmeasured(f"published/{row['model']}", "published", 100 * figures["density"], form) | figures
 
 
 def _evaluated(record: Values) -> Values:
