@@ -55,8 +55,10 @@ def draw_accuracy_against_size(results: Results, path: Path) -> bool:
     axis.set(xlabel="size of the file, MB", ylabel="accuracy on test, %")
     axis.grid(alpha=0.3)
     weights = [Line2D([], [], linewidth=6, color=color, label=name) for name, color in colors.items()]
-    gray = {"linestyle": "", "color": "0.3", "markerfacecolor": "none"}
-    forms = [Line2D([], [], marker=marker, label=name, **gray) for name, marker in markers.items()]
+    forms = [
+        Line2D([], [], marker=marker, linestyle="", color="0.3", markerfacecolor="none", label=name)
+        for name, marker in markers.items()
+    ]
     figure.legend(handles=weights, loc="outside upper center", ncols=2, frameon=False)
     figure.legend(handles=forms, loc="outside lower center", ncols=4, frameon=False)
     _save(figure, path)

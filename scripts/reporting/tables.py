@@ -232,7 +232,7 @@ def allocation_table(results: Results, _argument: str) -> str:
     """
     targets: dict[str, dict[str, str]] = {}
     epochs = set()
-    for name, (accuracy, trained) in results.read_all("allocation/*", _recovered).items():
+    for name, (accuracy, trained) in results.read_all("allocation/*_[0-9][0-9][0-9]", _recovered).items():
         method, _, target = name.removeprefix("allocation/").rpartition("_")
         targets.setdefault(target, {})[method] = accuracy
         epochs.add(trained)
@@ -246,10 +246,10 @@ def allocation_table(results: Results, _argument: str) -> str:
         # Equal figures on the page are all bold or none.
         best = max(column.values(), key=float)
         for row in rows:
-            accuracy = column.get(row["method"])
-            row[f"at_{target}"] = f"**{best}**" if accuracy == best else accuracy
-    trained = " or ".join(f"{count} epoch{'s' * (count > 1)}" for count in sorted(epochs))
-    note = f"After the same recovery of {trained}; the best of each column in bold."
+            shown = column.get(row["method"])
+            row[f"at_{target}"] = f"**{best}**" if shown == best else shown
+    recovery = " or ".join(f"{count} epoch{'s' * (count > 1)}" for count in sorted(epochs))
+    note = f"After the same recovery of {recovery}; the best of each column in bold."
     return markdown_table(headers, template, rows, note)
 
 
@@ -276,7 +276,6 @@ def _runtime_cases(measured: Values) -> list[Values]:
                 "best_ms": best and best["median_latency_ms"],
                 # Not the quotient of the medians: the benchmark compares round by round.
                 "ratio": best and 1 / best["times_ours"],
-                "limit_pct": ours["limit_pct"],
             }
         )
     return shown
@@ -339,9 +338,8 @@ BLOCKS: dict[str, Callable[[Results, str], str]] = {
         "runtimes.py --output_stride {}",
         _runtime_cases,
         "threads | batch size | ours, int8 ms | best other int8 ms | which | ours / best other "
-        "| ours, float ms | % of the limit",
-        "{threads} | {batch_size} | {ours_ms:.2f} | {best_ms:.2f} | {best} | {ratio:.2f} "
-        "| {float_ms:.2f} | {limit_pct:.1f}",
+        "| ours, float ms",
+        "{threads} | {batch_size} | {ours_ms:.2f} | {best_ms:.2f} | {best} | {ratio:.2f} | {float_ms:.2f}",
         "Output stride {arguments[output_stride]}, medians of {arguments[rounds]} rounds on {cpu}, "
         "torch {versions[torch]}; a ratio below 1 means that ours is faster.",
     ),
