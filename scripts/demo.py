@@ -5,6 +5,8 @@ Every step is the command that a person would type; it is printed before it is r
 
 import argparse
 import json
+import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -14,15 +16,58 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.common import cli, errors, runtime
 from utils.common.files import check_output
-from utils.common.steps import run_script
+from utils.common.steps import data_flags, run_script
 from utils.common.tables import format_table
 
 ACCEPTED_LOSS_OF_A_LAYER = 2.0
 """Points of accuracy on val that pruning a layer alone may cost in the demo."""
+VARIANTS = ("float", "pruned", "pruned, PTQ per tensor", "pruned, PTQ per channel", "pruned, QAT")
+"""In the order in which their files are evaluated and timed."""
+CHAIN = """
+train the float model
+  train.py {images} --batch_size 128 --epochs {epochs} --lr {lr} --width_mult {width_mult}
+  --output_stride {output_stride} --output {to}/float.pth --record {to}/records/train.json
+write a sparsity dict in which nothing is pruned yet
+  scripts/generate_sparsity_dict_template.py --force --weights {to}/float.pth --o {to}/template.csv
+prune each layer alone and see what it costs
+  scripts/sensitivity_scan.py {images} --weights {to}/float.pth --split val --accuracy_threshold {threshold}
+  --sparsities {sparsities} --o {to}/scanning_log.csv
+turn the scan into a sparsity dict
+  scripts/scanning_log_to_sparsity_dict_template.py --force --f {to}/scanning_log.csv
+  --o {to}/sparsity_dict.csv
+prune and recover
+  prune.py {images} --batch_size 128 --epochs {recovery_epochs} --lr 0.05 --weights {to}/float.pth
+  --sparsity_dict {to}/sparsity_dict.csv --output {to}/pruned.pth
+convert for quantization
+  scripts/to_qmodel_weights.py --force --weights {to}/pruned.pth --output {to}/qmodel.pth
+quantize after training
+  post_training_quantization.py {images} --weights {to}/qmodel.pth --output_dir {to}/scripted_weights
+quantize while training
+  quantization_aware_training.py {images} --batch_size 128 --epochs {qat_epochs} --lr 0.001
+  --weights {to}/qmodel.pth --output {to}/scripted_weights/mobilenetv2_qat.pt
+evaluate: float
+  evaluate.py {images} --weights {to}/float.pth --record {to}/records/evaluate_0.json
+evaluate: pruned
+  evaluate.py {images} --weights {to}/pruned.pth --record {to}/records/evaluate_1.json
+evaluate: pruned, PTQ per tensor
+  evaluate.py {images} --weights {to}/scripted_weights/mobilenetv2_ptq_per_tensor.pt
+  --record {to}/records/evaluate_2.json
+evaluate: pruned, PTQ per channel
+  evaluate.py {images} --weights {to}/scripted_weights/mobilenetv2_ptq_per_channel.pt
+  --record {to}/records/evaluate_3.json
+evaluate: pruned, QAT
+  evaluate.py {images} --weights {to}/scripted_weights/mobilenetv2_qat.pt
+  --record {to}/records/evaluate_4.json
+measure latency
+  scripts/benchmarks.py {seeded} --rounds {rounds} --model_file {to}/float.pth {to}/pruned.pth
+  {to}/scripted_weights/mobilenetv2_ptq_per_tensor.pt {to}/scripted_weights/mobilenetv2_ptq_per_channel.pt
+  {to}/scripted_weights/mobilenetv2_qat.pt --record {to}/records/benchmark.json
+"""
+"""The title of each step, and its command with the arguments of the demo in braces."""
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--output_dir", default="demo", help="folder for everything that is written")
     cli.add_force_argument(parser)
@@ -44,105 +89,43 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class Chain:
-    """The steps, each a script of this repository run with the same images, seed and threads."""
-
-    def __init__(self, args: argparse.Namespace, steps: int) -> None:
-        self.folder = Path(args.output_dir)
-        self.runtime = ["--seed", args.seed] + (["--threads", args.threads] if args.threads else [])
-        self.data = ["--dataset", args.dataset, "--data_dir", args.data_dir]
-        for name in ("image_size", "val_size"):
-            if getattr(args, name) is not None:
-                self.data += [f"--{name}", getattr(args, name)]
-        self.steps = steps
-        self.done: list[dict[str, Any]] = []
-
-    def run(self, title: str, script: str, *argv: object) -> None:
-        """Run one script; its failure ends the chain.
-
-        Raises:
-            UserError: the script did not end well; it has said why.
-        """
-        step = run_script(f"[{len(self.done) + 1}/{self.steps}] {title}", script, *argv)
-        self.done.append({"title": title, **step})
-
-    def record(self, name: str) -> dict[str, Any]:
-        """The results that a step recorded."""
-        return json.loads(self.path(f"records/{name}.json").read_text())["results"]
-
-    def path(self, name: str) -> Path:
-        """A file of the demo."""
-        return self.folder / name
+def recorded(folder: Path, name: str) -> dict[str, Any]:
+    """Return the results that a step recorded."""
+    return json.loads((folder / f"records/{name}.json").read_text())["results"]
 
 
-def run_chain(chain: Chain, args: argparse.Namespace) -> dict[str, Path]:
-    """Train, evaluate, scan, prune, convert, quantize; the file of each variant."""
-    path, data, seeded, force = chain.path, chain.data, chain.runtime, ["--force"]
-    recipe = ["--batch_size", 128]
-    chain.run(
-        "train the float model", "train.py", *data, *seeded, *force, *recipe,
-        "--epochs", args.epochs, "--lr", args.lr,
-        "--width_mult", args.width_mult, "--output_stride", args.output_stride,
-        "--output", path("float.pth"), "--record", path("records/train.json"),
-    )  # fmt: skip
-    chain.run(
-        "write a sparsity dict in which nothing is pruned yet",
-        "scripts/generate_sparsity_dict_template.py", *force,
-        "--weights", path("float.pth"), "--o", path("template.csv"),
-    )  # fmt: skip
-    threshold = max(1.0, chain.record("train")["val_accuracy_pct"] - ACCEPTED_LOSS_OF_A_LAYER)
-    chain.run(
-        "prune each layer alone and see what it costs", "scripts/sensitivity_scan.py",
-        *data, *seeded, *force, "--weights", path("float.pth"), "--split", "val",
-        "--accuracy_threshold", f"{threshold:.2f}", "--sparsities", *args.sparsities,
-        "--o", path("scanning_log.csv"),
-    )  # fmt: skip
-    chain.run(
-        "turn the scan into a sparsity dict", "scripts/scanning_log_to_sparsity_dict_template.py", *force,
-        "--f", path("scanning_log.csv"), "--o", path("sparsity_dict.csv"),
-    )  # fmt: skip
-    chain.run(
-        "prune and recover", "prune.py", *data, *seeded, *force, *recipe,
-        "--epochs", args.recovery_epochs, "--lr", 0.05,
-        "--weights", path("float.pth"), "--sparsity_dict", path("sparsity_dict.csv"),
-        "--output", path("pruned.pth"),
-    )  # fmt: skip
-    chain.run(
-        "convert for quantization", "scripts/to_qmodel_weights.py", *force,
-        "--weights", path("pruned.pth"), "--output", path("qmodel.pth"),
-    )  # fmt: skip
-    chain.run(
-        "quantize after training", "post_training_quantization.py", *data, *seeded, *force,
-        "--weights", path("qmodel.pth"), "--output_dir", path("scripted_weights"),
-    )  # fmt: skip
-    chain.run(
-        "quantize while training", "quantization_aware_training.py", *data, *seeded, *force, *recipe,
-        "--epochs", args.qat_epochs, "--lr", 0.001,
-        "--weights", path("qmodel.pth"), "--output", path("scripted_weights/mobilenetv2_qat.pt"),
-    )  # fmt: skip
-    return {
-        "float": path("float.pth"),
-        "pruned": path("pruned.pth"),
-        "pruned, PTQ per tensor": path("scripted_weights/mobilenetv2_ptq_per_tensor.pt"),
-        "pruned, PTQ per channel": path("scripted_weights/mobilenetv2_ptq_per_channel.pt"),
-        "pruned, QAT": path("scripted_weights/mobilenetv2_qat.pt"),
+def run_chain(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Run the steps, and return what was run.
+
+    Raises:
+        UserError: a script failed; it has said why.
+    """
+    seeded = f"--seed {args.seed} --force" + (f" --threads {args.threads}" if args.threads else "")
+    values = vars(args) | {
+        "seeded": seeded,
+        "images": f"{shlex.join(data_flags(args))} {seeded}",
+        "sparsities": " ".join(map(str, args.sparsities)),
+        "to": shlex.quote(str(folder)),
     }
+    steps = re.split(r"\n(?=\S)", CHAIN.strip())
+    done = []
+    for number, step in enumerate(steps, 1):
+        title, command = step.split("\n", 1)
+        if "{threshold}" in command:
+            threshold = recorded(folder, "train")["val_accuracy_pct"] - ACCEPTED_LOSS_OF_A_LAYER
+            values["threshold"] = f"{max(1.0, threshold):.2f}"
+        argv = shlex.split(command.format_map(values))
+        done.append({"title": title, **run_script(f"[{number}/{len(steps)}] {title}", *argv)})
+    return done
 
 
-def measure(chain: Chain, args: argparse.Namespace, files: dict[str, Path]) -> list[dict[str, Any]]:
-    """Accuracy, size, density and latency of each variant, as evaluate.py and benchmarks.py say."""
-    for index, (variant, file) in enumerate(files.items()):
-        chain.run(
-            f"evaluate: {variant}", "evaluate.py", *chain.data, *chain.runtime, "--force",
-            "--weights", file, "--record", chain.path(f"records/evaluate_{index}.json"),
-        )  # fmt: skip
-    chain.run(
-        "measure latency", "scripts/benchmarks.py", *chain.runtime, "--force", "--rounds", args.rounds,
-        "--model_file", *files.values(), "--record", chain.path("records/benchmark.json"),
-    )  # fmt: skip
+def measured(folder: Path) -> list[dict[str, Any]]:
+    """Return accuracy, size, density and latency of each variant, as the scripts have recorded them."""
     rows = []
-    for index, (variant, timed) in enumerate(zip(files, chain.record("benchmark")["files"], strict=True)):
-        evaluated = chain.record(f"evaluate_{index}")
+    for index, (variant, timed) in enumerate(
+        zip(VARIANTS, recorded(folder, "benchmark")["files"], strict=True)
+    ):
+        evaluated = recorded(folder, f"evaluate_{index}")
         rows.append(
             {
                 "variant": variant,
@@ -156,7 +139,7 @@ def measure(chain: Chain, args: argparse.Namespace, files: dict[str, Path]) -> l
 
 
 def format_summary(rows: list[dict[str, Any]]) -> str:
-    """The closing table, each number against the float model's."""
+    """Return the closing table, each number against the float model's."""
     base = rows[0]
     return format_table(
         ["variant", "accuracy %", "points", "size MB", "of float", "density", "latency ms", "speed-up"],
@@ -180,13 +163,14 @@ def main(args: argparse.Namespace) -> None:
     """Run every step, then print and keep the table."""
     runtime.set_up(args.seed, args.threads)
     start = time.perf_counter()
-    chain = Chain(args, steps=14)
-    summary = check_output(chain.path("summary.json"), force=args.force)
-    chain.path("records").mkdir(parents=True, exist_ok=True)
-    rows = measure(chain, args, run_chain(chain, args))
+    folder = Path(args.output_dir)
+    summary = check_output(folder / "summary.json", force=args.force)
+    (folder / "records").mkdir(parents=True, exist_ok=True)
+    done = run_chain(args, folder)
+    rows = measured(folder)
     seconds = round(time.perf_counter() - start)
-    runtime.write_record(summary, args, {"variants": rows, "steps": chain.done, "seconds": seconds})
-    print(f"\n{format_summary(rows)}\n\n{seconds} s; everything is in {chain.folder}")
+    runtime.write_record(summary, args, {"variants": rows, "steps": done, "seconds": seconds})
+    print(f"\n{format_summary(rows)}\n\n{seconds} s; everything is in {folder}")
 
 
 if __name__ == "__main__":

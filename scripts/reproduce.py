@@ -1,471 +1,253 @@
-"""Run every command behind the README's results table, in order, from nothing.
+"""Run every command behind the results tables, in order, from nothing.
 
-A step whose files are there, and whose record under results/ was written by the same command, is
-skipped, so that an interrupted run goes on where it stopped; a training goes on from its checkpoint.
+A step whose files are there, and whose record was written by the same command, is skipped, so that an
+interrupted run goes on where it stopped; an interrupted training goes on from its checkpoint.
 """
 
 import argparse
-import itertools
 import json
 import re
+import shlex
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.common import cli, errors
-from utils.common.steps import command_line, run_script
+from utils.common.steps import command_line, data_flags, run_script
 from utils.pruning.allocation import METHODS
 from utils.training.loop import checkpoint_path
 from utils.training.precision import is_fast_in_bfloat16
 
-FREE_FLAGS = re.compile(r" --(force|resume|threads \d+)\b")
-"""What a number does not depend on."""
-
-RUNS = Path("runs")
-RESULTS = Path("results")
-WEIGHTS = Path("weights")
-
-PUBLISHED = RUNS / "published/mobilenetv2.pth"
-FLOAT_OS16 = RUNS / "float_os16/mobilenetv2.pth"
-FLOAT_OS8 = RUNS / "float_os8/mobilenetv2.pth"
-FLOAT_OS8_CUTOUT = RUNS / "float_os8_cutout/mobilenetv2.pth"
-FLOAT_OS16_CUTOUT = RUNS / "float_os16_cutout/mobilenetv2.pth"
-FLOAT_OS16_LONGER = RUNS / "float_os16_longer/mobilenetv2.pth"
-FLOAT_OS8_TAUGHT = RUNS / "float_os8_taught/mobilenetv2.pth"
-FLOAT = WEIGHTS / "mobilenetv2_cifar10.pth"
-SHIPPED_PACKED = {"packed_float16_at_output_stride_16": WEIGHTS / "mobilenetv2_cifar10_os16.npz"}
-"""By name: the packed file that comes with the repository."""
-SCANNING_LOG = RESULTS / "scanning_log.csv"
-SEEDS = {"": (0, 1, 2), "pruned_271_": (0, 1, 2), "pruned_100_": (0,)}
-"""Of the int8 models, by the prefix of their names; the float model has none."""
-INT8_KINDS = ("ptq_per_tensor", "ptq_per_channel", "qat")
-CUTOUT = ("--augment", "crop_flip_cutout", "--cutout_size", 12)
-QAT_RECIPE = (
-    "--epochs", 1, "--num_train_batches", 60, "--lr", "3e-3", *CUTOUT,
-    "--freeze_batch_norms", 0, "--freeze_ranges", 0,
-)  # fmt: skip
-UNMEASURED = ("--num_eval_batches", 1, "--latency_rounds", 1)
-"""Accuracies and times of int8 models are measured after all of them are made."""
-TRIVIALAUGMENT = ("--augment", "crop_flip_trivialaugment_cutout", "--cutout_size", 8)
-ENGINE = "onednn"
-"""The fastest one at output stride 8."""
-SCAN_THRESHOLD_PCT = 90
-"""Of val accuracy, below which the scan does not recommend to go."""
+FREE_FLAGS = re.compile(r" --(force|resume|threads \d+)\b")  # which no number depends on
+PUBLISHED, FLOAT = "runs/published/mobilenetv2.pth", "weights/mobilenetv2_cifar10.pth"
+OS16, OS16_LONGER = "runs/float_os16/mobilenetv2.pth", "runs/float_os16_longer/mobilenetv2.pth"
+OS16_PACKED = "weights/mobilenetv2_cifar10_os16.npz"
+SPARSE_271 = "weights/mobilenetv2_cifar10_pruned.pth"
+SPARSE_170 = "runs/pruned_170/mobilenetv2.pth"  # as dense as fits into 0.37 MB
+SPARSE_100 = "runs/pruned_100/mobilenetv2.pth"
+KINDS = ("ptq_per_tensor", "ptq_per_channel", "qat")
+CUTOUT = "--augment crop_flip_cutout --cutout_size 12"
+TRIVIALAUGMENT = "--augment crop_flip_trivialaugment_cutout --cutout_size 8"
+COSINE = "--scheduler cosine --weight_decay 1e-3"
+SHARP = "--dropout 0 --label_smoothing 0.1"
+MUON_STEPS = "--optimizer muon --lr 0.2 --muon_lr 0.05 --epochs 30"
+ENGINE = "--backend onednn"  # the fastest at output stride 8
+UNMEASURED = "--num_eval_batches 1 --latency_rounds 1"  # since they are measured by steps of their own
 
 
-@dataclass(frozen=True)
-class Pruning:
-    """How a pruned model is made.
-
-    Args:
-        source: the weights that are pruned further.
-        output: the pruned ones.
-        ramp_epochs: over which they are pruned.
-        epochs: in all.
-        lr: and muon_lr, the highest rates.
-        augment: the flags of what varies the images.
-        few_bits: of a weight in the smallest file.
-        output_stride: if it is not the source's.
-        before: what made the source, if that is pruned to the same density already.
-    """
-
-    source: Path
-    output: Path
-    ramp_epochs: int
-    epochs: int
-    lr: str = "0.05"
-    muon_lr: str = "0.0125"
-    augment: tuple[object, ...] = TRIVIALAUGMENT
-    few_bits: int = 5
-    output_stride: int | None = None
-    before: "Pruning | None" = None
+def lines(steps: Iterable[str]) -> str:
+    """Return several steps, or groups of them, as one text."""
+    return "\n".join(steps)
 
 
-PRUNED = WEIGHTS / "mobilenetv2_cifar10_pruned.pth"
-PRUNED_271_SHORTER = RUNS / "pruned_271_shorter/mobilenetv2.pth"
-PRUNED_100_OS16 = RUNS / "pruned_100_os16/mobilenetv2.pth"
-PRUNINGS = {
-    "271": Pruning(
-        PRUNED_271_SHORTER, PRUNED, 1, 6, "0.03", "0.0075", few_bits=6,
-        before=Pruning(FLOAT, PRUNED_271_SHORTER, 1, 9),
-    ),
-    "170": Pruning(PRUNED, RUNS / "pruned_170/mobilenetv2.pth", 1, 3, "0.03", "0.0075"),
-    "100": Pruning(
-        PRUNED_100_OS16, RUNS / "pruned_100/mobilenetv2.pth", 1, 13, augment=CUTOUT, output_stride=8,
-        before=Pruning(FLOAT, PRUNED_100_OS16, 4, 10, augment=CUTOUT, output_stride=16),
-    ),
-}  # fmt: skip
-"""By density in thousandths. 17 % is as dense as fits into 0.37 MB."""
+def int8_file(prefix: str, kind: str = "ptq_per_channel", seed: int = 0) -> str:
+    """Return where an int8 model is."""
+    return f"runs/int8/{prefix}s{seed}/mobilenetv2_{kind}.pt"
 
 
-@dataclass(frozen=True)
-class Step:
-    """A command and what it leaves.
+def evaluate(name: str, file: str) -> str:
+    """Return the step that measures a model of the results table."""
+    return f"0.5 evaluate.py DATA --weights {file} --record results/evaluate/{name}.json"
 
-    Args:
-        title: what it is for.
-        minutes: that it takes on 2 cores, about.
-        script: of this repository.
-        argv: its arguments, without --force and --record.
-        output: the file that later steps need.
-        record: under results/, with the numbers; None for what has none.
-    """
 
-    title: str
+def pack(name: str, source: str) -> str:
+    """Return the steps that pack a model and evaluate what came of it."""
+    file = f"runs/packed/{name}.npz"
+    return lines([f"0.2 scripts/pack_weights.py --weights {source} --o {file}", evaluate(name, file)])
+
+
+def ptq(prefix: str, source: str, seeds: Iterable[int] = (0,)) -> str:
+    """Return the steps that convert a model and quantize it after training, with each seed."""
+    qmodel = f"runs/int8/{prefix}qmodel.pth"
+    steps = [f"0.1 scripts/to_qmodel_weights.py --weights {source} --output {qmodel}"]
+    for folder, seed in ((f"runs/int8/{prefix}s{seed}", seed) for seed in seeds):
+        steps.append(f"""1 post_training_quantization.py DATA --weights {qmodel} {ENGINE} --seed {seed}
+  {UNMEASURED} --output_dir {folder} --record {folder}/ptq.json""")
+    return lines(steps)
+
+
+def qat(prefix: str, variant: str, flags: str) -> str:
+    """Return the step of quantization-aware training with a seed, or to fewer bits."""
+    folder = f"runs/int8/{prefix}{variant}"
+    return f"""5 quantization_aware_training.py DATA --weights runs/int8/{prefix}qmodel.pth {ENGINE} {flags}
+  --teacher {FLOAT} --epochs 1 --num_train_batches 60 --lr 3e-3 {CUTOUT} --freeze_batch_norms 0
+  --freeze_ranges 0 {UNMEASURED} --output {folder}/mobilenetv2_qat.pt --record {folder}/qat.json"""
+
+
+def family(prefix: str, source: str, seeds: Sequence[int], bits: int | None = None) -> str:
+    """Return the steps that quantize a float model with each seed, and pack it, at last with fewer bits."""
+    steps = [evaluate(prefix.rstrip("_") or "float", source), ptq(prefix, source, seeds)]
+    for seed in seeds:
+        steps.append(qat(prefix, f"s{seed}", f"--seed {seed}"))
+        steps += [evaluate(f"{prefix}{kind}_s{seed}", int8_file(prefix, kind, seed)) for kind in KINDS]
+    steps.append(pack(f"packed_{prefix}float16", f"{source} --dtype float16"))
+    if bits:
+        steps += [pack(f"packed_{prefix}int8", int8_file(prefix, "qat"))] if seeds else []
+        steps.append(qat(prefix, "few_bits", f"--weight_bits {bits}"))
+        few_bits = f"runs/int8/{prefix}few_bits/mobilenetv2_qat.pt"
+        steps.append(pack(f"packed_{prefix}int8_{bits}_bits", few_bits))
+    return lines(steps)
+
+
+def allocation(target: str, method: str) -> str:
+    """Return the steps that share a density out by a method, and prune by that."""
+    log = "runs/allocation/scanning_log.csv"
+    special = {"global": "--spare classifier", "sensitivity": f"--scanning_log {log}"}.get(method, "")
+    path = f"runs/allocation/{method}_{target}"
+    return f"""0.2 scripts/allocate_sparsity.py --weights {OS16} --target 0.{target} --method {method}
+  {special} --o {path}.csv
+2 prune.py DATA AMP --weights {OS16} --sparsity_dict {path}.csv --optimizer muon --lr 0.05 --muon_lr 0.0125
+  --epochs 1 --label_smoothing 0.1 --output {path}.pth --record results/allocation/{method}_{target}.json"""
+
+
+TEACH = f"{TRIVIALAUGMENT} {SHARP} AMP"
+RECOVER = f"--teacher {int8_file('')} --schedule gradual --optimizer muon"
+COMMANDS = f"""
+# The published recipe, and ours: coarse output strides first, since they are cheap.
+40 train.py DATA --optimizer adam --lr 1e-4 --scheduler none --weight_decay 0 --augment none --batch_size 32
+  --epochs 24 --output_stride 32 --output {PUBLISHED} --record results/published_recipe.json
+{evaluate("published_float", PUBLISHED)}
+60 train.py DATA {MUON_STEPS} --early_output_strides 32:10 --output_stride 16 {SHARP} --compile
+  --output {OS16} --record results/float_os16.json
+75 train.py DATA --weights {OS16} {MUON_STEPS} --early_output_strides 16:8 --output_stride 8 {SHARP} AMP
+  --output runs/float_os8/mobilenetv2.pth --record results/float_os8.json
+60 train.py DATA --weights runs/float_os8/mobilenetv2.pth --optimizer muon --lr 0.15 --muon_lr 0.04 {COSINE}
+  --epochs 34 --output_stride 8 {CUTOUT} --label_smoothing 0.1 AMP
+  --output runs/float_os8_cutout/mobilenetv2.pth --record results/float_os8_cutout.json
+
+# Output stride 16 taught by the int8 form of 8, which answers fast; then 8, taught by both and by itself.
+{ptq("cutout_", "runs/float_os8_cutout/mobilenetv2.pth")}
+90 train.py DATA --weights runs/float_os8_cutout/mobilenetv2.pth --teacher {int8_file("cutout_")}
+  --optimizer muon --lr 0.05 --muon_lr 0.0125 {COSINE} --epochs 58 --output_stride 16 {TEACH}
+  --output runs/float_os16_cutout/mobilenetv2.pth --record results/float_os16_cutout.json
+40 train.py DATA --weights runs/float_os16_cutout/mobilenetv2.pth --teacher {int8_file("cutout_")}
+  --optimizer muon --lr 0.02 --muon_lr 0.005 {COSINE} --epochs 24 --output_stride 16 {TEACH}
+  --output {OS16_LONGER} --record results/float_os16_longer.json
+{evaluate("float_os16", OS16_LONGER)}
+0.2 scripts/pack_weights.py --weights {OS16_LONGER} --dtype float16 --o {OS16_PACKED}
+{evaluate("packed_float16_at_output_stride_16", OS16_PACKED)}
+{ptq("os16_", OS16_LONGER)}
+135 train.py DATA --weights {OS16_LONGER} --teacher {int8_file("cutout_")} {int8_file("os16_")}
+  --distill_weight 0.7 --optimizer muon --lr 0.04 --muon_lr 0.01 {COSINE} --epochs 40
+  --output_stride 8 {TEACH} --output runs/float_os8_taught/mobilenetv2.pth
+  --record results/float_os8_taught.json
+{ptq("taught_", "runs/float_os8_taught/mobilenetv2.pth")}
+135 train.py DATA --weights runs/float_os8_taught/mobilenetv2.pth --teacher {int8_file("taught_")}
+  --distill_weight 0.5 --optimizer muon --lr 0.03 --muon_lr 0.0075 {COSINE} --epochs 42
+  --output_stride 8 {TEACH} --output {FLOAT} --record results/float.json
+{family("", FLOAT, seeds=(0, 1, 2))}
+
+# What each layer can bear; then for each density the share of each layer, and the training.
+10 scripts/sensitivity_scan.py DATA --weights {FLOAT} --split val --accuracy_threshold 90
+  --sparsities 0.1 0.3 0.6 --o results/scanning_log.csv --record results/scan.json
+0.2 scripts/allocate_sparsity.py --weights {FLOAT} --target 0.271 --o results/sparsity_dict_271.csv
+36 prune.py DATA AMP --weights {FLOAT} --sparsity_dict results/sparsity_dict_271.csv {RECOVER}
+  --lr 0.05 --muon_lr 0.0125 {TRIVIALAUGMENT} --ramp_epochs 1 --epochs 9
+  --output runs/pruned_271_shorter/mobilenetv2.pth --record results/prune_271_shorter.json
+24 prune.py DATA AMP --weights runs/pruned_271_shorter/mobilenetv2.pth
+  --sparsity_dict results/sparsity_dict_271.csv {RECOVER} --lr 0.03 --muon_lr 0.0075 {TRIVIALAUGMENT}
+  --ramp_epochs 1 --epochs 6 --output {SPARSE_271} --record results/prune_271.json
+{family("pruned_271_", SPARSE_271, seeds=(0, 1, 2), bits=6)}
+0.2 scripts/allocate_sparsity.py --weights {SPARSE_271} --target 0.170 --o results/sparsity_dict_170.csv
+12 prune.py DATA AMP --weights {SPARSE_271} --sparsity_dict results/sparsity_dict_170.csv {RECOVER}
+  --lr 0.03 --muon_lr 0.0075 {TRIVIALAUGMENT} --ramp_epochs 1 --epochs 3
+  --output {SPARSE_170} --record results/prune_170.json
+{family("pruned_170_", SPARSE_170, seeds=(), bits=5)}
+0.2 scripts/allocate_sparsity.py --weights {FLOAT} --target 0.100 --o results/sparsity_dict_100.csv
+20 prune.py DATA AMP --weights {FLOAT} --sparsity_dict results/sparsity_dict_100.csv {RECOVER}
+  --lr 0.05 --muon_lr 0.0125 {CUTOUT} --ramp_epochs 4 --epochs 10 --output_stride 16
+  --output runs/pruned_100_os16/mobilenetv2.pth --record results/prune_100_os16.json
+52 prune.py DATA AMP --weights runs/pruned_100_os16/mobilenetv2.pth
+  --sparsity_dict results/sparsity_dict_100.csv {RECOVER} --lr 0.05 --muon_lr 0.0125 {CUTOUT}
+  --ramp_epochs 1 --epochs 13 --output_stride 8 --output {SPARSE_100} --record results/prune_100.json
+{family("pruned_100_", SPARSE_100, seeds=(0,), bits=5)}
+
+# Their times, in the same rounds; seeds and packing change none.
+3 scripts/benchmarks.py --threads 1 --model_file {PUBLISHED} {OS16_LONGER} {FLOAT} {SPARSE_271} {SPARSE_170}
+  {SPARSE_100} {lines(int8_file(name, kind) for name in ("", "pruned_271_", "pruned_100_") for kind in KINDS)}
+  --record results/latency.json
+
+# The methods of sharing out a density, compared at output stride 16 after an epoch of recovery.
+8 scripts/sensitivity_scan.py DATA --weights {OS16} --split val --accuracy_threshold 85 --sparsities 0.05
+  0.1 0.3 0.6 --o runs/allocation/scanning_log.csv --record runs/allocation/scanning_log.json
+{lines(allocation(target, method) for target in ("100", "271", "150") for method in METHODS)}
+
+# The claims about speed; see benchmarks/README.md.
+6 benchmarks/training.py --rounds 5 --record results/benchmarks/training.json
+5 benchmarks/sensitivity_scan.py DATA --weights {OS16} --images 2000
+  --record results/benchmarks/sensitivity_scan.json
+5 benchmarks/runtimes.py DATA --weights {FLOAT} --rounds 15 --output_stride 8
+  --record results/benchmarks/runtimes_os8.json
+3 benchmarks/runtimes.py DATA --weights {FLOAT} --rounds 15 --output_stride 32
+  --record results/benchmarks/runtimes_os32.json
+"""
+"""Each step from the start of a line: minutes on 2 CPU cores, script, flags. DATA stands for --dataset,
+--data_dir and the like, AMP for --amp where it is fast."""
+
+
+class Step(NamedTuple):
+    """A command of the list: script and flags, without --force."""
+
     minutes: float
-    script: str
-    argv: tuple[object, ...]
-    output: Path
-    record: Path | None = None
+    command: list[str]
+
+    def files(self, *flags: str) -> list[Path]:
+        """Return what those of the flags that the command has name."""
+        return [Path(value) for flag, value in pairwise(self.command) if flag in flags]
 
     def arguments(self) -> list[str]:
-        """All arguments; a training that was interrupted is resumed, whatever record an older one left."""
-        argv = [*self.argv, *(["--record", self.record] if self.record else [])]
-        is_interrupted = self.script in TRAINING and checkpoint_path(self.output).is_file()
-        return [*map(str, argv), "--force", *(["--resume"] if is_interrupted else [])]
+        """Return script and flags; a training that was interrupted is resumed, whatever an older one left."""
+        is_interrupted = any(checkpoint_path(path).is_file() for path in self.files("--output"))
+        return [*self.command, "--force", *(["--resume"] if is_interrupted else [])]
 
     def is_done(self) -> bool:
-        """Whether the output is there and was made by this command."""
-        if not self.output.exists() or self.record is None:
+        """Return whether all that it writes is there, and was written by this command."""
+        records = self.files("--record")
+        if not all(path.exists() for path in [*records, *self.files("--output", "--o", "--output_dir")]):
             return False
         try:
-            command = json.loads(self.record.read_text())["command"]
-        except (OSError, ValueError, KeyError):
+            command = json.loads(records[0].read_text())["command"]
+        except (OSError, ValueError, LookupError):
             return False
-        own = command_line(self.script, *self.argv, "--record", self.record)
-        return FREE_FLAGS.sub("", command) == FREE_FLAGS.sub("", own)
+        return FREE_FLAGS.sub("", command) == FREE_FLAGS.sub("", " ".join(["python", *self.command]))
 
 
-TRAINING = ("train.py", "prune.py", "quantization_aware_training.py")
+def steps(data: list[str]) -> list[Step]:
+    """Return the steps, with these flags for the scripts that need images."""
+    stands_for = {"DATA": data, "AMP": ["--amp"] if is_fast_in_bfloat16() else []}
+    found = []
+    for step in re.split(r"\n(?=[\d.]+ )", COMMANDS)[1:]:
+        minutes, *words = shlex.split(step, comments=True)
+        found.append(Step(float(minutes), [part for word in words for part in stands_for.get(word, [word])]))
+    return found
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--list", action="store_true", help="print the commands and their times, run nothing")
     cli.add_data_arguments(parser)
     return parser
 
 
-def steps(data: list[str]) -> list[Step]:
-    """The commands of the results table.
-
-    Args:
-        data: --dataset, --data_dir and the like, for the scripts that need images.
-    """
-    amp = ["--amp"] if is_fast_in_bfloat16() else []
-    return [
-        *float_steps(data, amp),
-        *taught_steps(data, amp),
-        *int8_steps(data, "", FLOAT),
-        *pruning_steps(data, amp),
-        *pruned_int8_steps(data),
-        *packing_steps(),
-        *measuring_steps(data),
-        *allocation_steps(data, amp),
-        *benchmark_steps(data),
-    ]
-
-
-def float_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
-    """The published recipe, and ours: coarse output strides first, since they are cheap."""
-    yield Step(
-        "the published recipe", 40, "train.py",
-        (*data, "--optimizer", "adam", "--lr", "1e-4", "--scheduler", "none", "--weight_decay", 0,
-         "--augment", "none", "--batch_size", 32, "--epochs", 24, "--output_stride", 32,
-         "--output", PUBLISHED),
-        PUBLISHED, RESULTS / "published_recipe.json",
-    )  # fmt: skip
-    muon = ("--optimizer", "muon", "--lr", "0.2", "--muon_lr", "0.05", "--epochs", 30)
-    sharp = ("--dropout", 0, "--label_smoothing", "0.1")
-    yield Step(
-        "the float model at output strides 32 and then 16", 60, "train.py",
-        (*data, *muon, "--early_output_strides", "32:10", "--output_stride", 16, *sharp, "--compile",
-         "--output", FLOAT_OS16),
-        FLOAT_OS16, RESULTS / "float_os16.json",
-    )  # fmt: skip
-    yield Step(
-        "the same weights at output stride 8", 75, "train.py",
-        (*data, "--weights", FLOAT_OS16, *muon, "--early_output_strides", "16:8", "--output_stride", 8,
-         *sharp, *amp, "--output", FLOAT_OS8),
-        FLOAT_OS8, RESULTS / "float_os8.json",
-    )  # fmt: skip
-
-    yield Step(
-        "the same weights with cutout and more weight decay", 60, "train.py",
-        (*data, "--weights", FLOAT_OS8, "--optimizer", "muon", "--lr", "0.15", "--muon_lr", "0.04",
-         "--scheduler", "cosine", "--weight_decay", "1e-3", "--epochs", 34, "--output_stride", 8,
-         *CUTOUT, "--label_smoothing", "0.1", *amp, "--output", FLOAT_OS8_CUTOUT),
-        FLOAT_OS8_CUTOUT, RESULTS / "float_os8_cutout.json",
-    )  # fmt: skip
-
-
-def pruning_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
-    """The sensitivity scan, and for each density the share of each layer and the training."""
-    yield Step(
-        "prune each layer alone and see what it costs", 10, "scripts/sensitivity_scan.py",
-        (*data, "--weights", FLOAT, "--split", "val", "--accuracy_threshold", SCAN_THRESHOLD_PCT,
-         "--sparsities", "0.1", "0.3", "0.6", "--o", SCANNING_LOG),
-        SCANNING_LOG, RESULTS / "scan.json",
-    )  # fmt: skip
-    for name, pruning in PRUNINGS.items():
-        sparsity_dict = RESULTS / f"sparsity_dict_{name}.csv"
-        source = (pruning.before or pruning).source
-        yield Step(
-            f"share a density of {int(name) / 10:.1f} % out among the layers", 0.2,
-            "scripts/allocate_sparsity.py",
-            ("--weights", source, "--target", f"0.{name}", "--o", sparsity_dict), sparsity_dict,
-        )  # fmt: skip
-        if pruning.before:
-            record = pruning.before.output.parent.name.replace("pruned", "prune")
-            yield recovery_step(data, amp, sparsity_dict, pruning.before, RESULTS / f"{record}.json")
-        yield recovery_step(data, amp, sparsity_dict, pruning, RESULTS / f"prune_{name}.json")
-
-
-def recovery_step(
-    data: list[str], amp: list[str], sparsity_dict: Path, pruning: Pruning, record: Path
-) -> Step:
-    """The pruning to a density, and the training in it."""
-    stride = ("--output_stride", pruning.output_stride) if pruning.output_stride else ()
-    return Step(
-        "prune and recover", (2 if pruning.output_stride == 16 else 4) * pruning.epochs, "prune.py",
-        (*data, *amp, "--weights", pruning.source, "--sparsity_dict", sparsity_dict,
-         "--teacher", teacher(""), "--schedule", "gradual", "--optimizer", "muon",
-         "--lr", pruning.lr, "--muon_lr", pruning.muon_lr, *pruning.augment,
-         "--ramp_epochs", pruning.ramp_epochs, "--epochs", pruning.epochs, *stride,
-         "--output", pruning.output),
-        pruning.output, record,
-    )  # fmt: skip
-
-
-def int8_folder(prefix: str, seed: int) -> Path:
-    """Where the int8 files that were made with a seed are."""
-    return RUNS / f"int8/{prefix}s{seed}"
-
-
-def qmodel_file(prefix: str) -> Path:
-    """What is quantized, by the prefix of the names of the int8 models."""
-    return RUNS / f"int8/{prefix}qmodel.pth"
-
-
-def few_bits_file(name: str) -> Path:
-    """The int8 model of a density whose weights have fewer bits."""
-    return RUNS / f"int8/pruned_{name}_few_bits/mobilenetv2_qat.pt"
-
-
-def int8_steps(data: list[str], prefix: str, source: Path) -> Iterator[Step]:
-    """PTQ and QAT of a model with each of its seeds."""
-    yield conversion_step(prefix, source)
-    for seed in SEEDS.get(prefix, ()):
-        yield ptq_step(data, prefix, seed)
-        folder = int8_folder(prefix, seed)
-        yield Step(
-            f"quantize while training, seed {seed}", 5, "quantization_aware_training.py",
-            (*data, *quantized(prefix, seed), "--teacher", FLOAT, *QAT_RECIPE, *UNMEASURED,
-             "--output", folder / "mobilenetv2_qat.pt"),
-            folder / "mobilenetv2_qat.pt", folder / "qat.json",
-        )  # fmt: skip
-
-
-def conversion_step(prefix: str, source: Path) -> Step:
-    """The weights of what is quantized."""
-    qmodel = qmodel_file(prefix)
-    return Step("convert for quantization", 0.1, "scripts/to_qmodel_weights.py",
-                ("--weights", source, "--output", qmodel), qmodel)  # fmt: skip
-
-
-def ptq_step(data: list[str], prefix: str, seed: int) -> Step:
-    """PTQ of a model with a seed."""
-    folder = int8_folder(prefix, seed)
-    return Step(
-        f"quantize after training, seed {seed}", 1, "post_training_quantization.py",
-        (*data, *quantized(prefix, seed), *UNMEASURED, "--output_dir", folder),
-        folder, folder / "ptq.json",
-    )  # fmt: skip
-
-
-def quantized(prefix: str, seed: int) -> tuple[object, ...]:
-    """The flags that PTQ and QAT share."""
-    return "--weights", qmodel_file(prefix), "--backend", ENGINE, "--seed", seed
-
-
-def pruned_int8_steps(data: list[str]) -> Iterator[Step]:
-    """The same of each pruned model, and one with fewer bits, for a small file."""
-    for name, pruning in PRUNINGS.items():
-        prefix = f"pruned_{name}_"
-        yield from int8_steps(data, prefix, pruning.output)
-        output = few_bits_file(name)
-        yield Step(
-            f"quantize to weights of {pruning.few_bits} bits while training", 5,
-            "quantization_aware_training.py",
-            (*data, "--weights", qmodel_file(prefix), "--backend", ENGINE,
-             "--weight_bits", pruning.few_bits, "--teacher", FLOAT, *QAT_RECIPE, *UNMEASURED,
-             "--output", output),
-            output, output.with_name("qat.json"),
-        )  # fmt: skip
-
-
-def teacher(prefix: str) -> Path:
-    """The int8 form of a model, which answers fast."""
-    return int8_folder(prefix, 0) / "mobilenetv2_ptq_per_channel.pt"
-
-
-def taught_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
-    """The float model at output stride 16, taught by the int8 one at 8; then at 8, by both and by itself."""
-
-    def quantized_teacher(prefix: str, source: Path) -> Iterator[Step]:
-        yield conversion_step(prefix, source)
-        yield ptq_step(data, prefix, 0)
-
-    def step(
-        title: str, minutes: float, source: Path, teaching: tuple[object, ...], lr: str, muon_lr: str,
-        epochs: int, output_stride: int, output: Path,
-    ) -> Step:  # fmt: skip
-        return Step(
-            title, minutes, "train.py",
-            (*data, "--weights", source, "--teacher", *teaching, "--optimizer", "muon", "--lr", lr,
-             "--muon_lr", muon_lr, "--scheduler", "cosine", "--weight_decay", "1e-3", "--epochs", epochs,
-             "--output_stride", output_stride, *TRIVIALAUGMENT, "--dropout", 0, "--label_smoothing", "0.1",
-             *amp, "--output", output),
-            output, RESULTS / ("float.json" if output == FLOAT else f"{output.parent.name}.json"),
-        )  # fmt: skip
-
-    yield from quantized_teacher("cutout_", FLOAT_OS8_CUTOUT)
-    first = teacher("cutout_")
-    both = (first, teacher("os16_"), "--distill_weight", "0.7")
-    yield step("back at output stride 16, with a teacher", 90,
-               FLOAT_OS8_CUTOUT, (first,), "0.05", "0.0125", 58, 16, FLOAT_OS16_CUTOUT)  # fmt: skip
-    yield step("the same for longer", 40,
-               FLOAT_OS16_CUTOUT, (first,), "0.02", "0.005", 24, 16, FLOAT_OS16_LONGER)  # fmt: skip
-    yield from quantized_teacher("os16_", FLOAT_OS16_LONGER)
-    yield step("the same at output stride 8, with two teachers", 135,
-               FLOAT_OS16_LONGER, both, "0.04", "0.01", 40, 8, FLOAT_OS8_TAUGHT)  # fmt: skip
-    yield from quantized_teacher("taught_", FLOAT_OS8_TAUGHT)
-    itself = (teacher("taught_"), "--distill_weight", "0.5")
-    yield step("the same for longer, with its own int8 form as teacher", 135,
-               FLOAT_OS8_TAUGHT, itself, "0.03", "0.0075", 42, 8, FLOAT)  # fmt: skip
-
-
-def packed_file(name: str) -> Path:
-    """Where a packed file is, by its name."""
-    return SHIPPED_PACKED.get(name, RUNS / f"packed/{name}.npz")
-
-
-def packed_files() -> dict[str, tuple[Path, tuple[str, ...]]]:
-    """By name: what is packed, and the flags."""
-    float16 = ("--dtype", "float16")
-    files = {
-        "packed_float16": (FLOAT, float16),
-        "packed_float16_at_output_stride_16": (FLOAT_OS16_LONGER, float16),
-    }
-    for name, pruning in PRUNINGS.items():
-        packed = f"packed_pruned_{name}"
-        files[f"{packed}_float16"] = pruning.output, float16
-        if f"pruned_{name}_" in SEEDS:
-            files[f"{packed}_int8"] = int8_folder(f"pruned_{name}_", 0) / "mobilenetv2_qat.pt", ()
-        files[f"{packed}_int8_{pruning.few_bits}_bits"] = few_bits_file(name), ()
-    return files
-
-
-def packing_steps() -> Iterator[Step]:
-    """Files that are as small as what is in them."""
-    for name, (source, flags) in packed_files().items():
-        packed = packed_file(name)
-        yield Step(
-            "pack", 0.2, "scripts/pack_weights.py", ("--weights", source, *flags, "--o", packed), packed
-        )
-
-
-def models() -> dict[str, Path]:
-    """Every model of the table by its name."""
-    found = {"published_float": PUBLISHED, "float_os16": FLOAT_OS16_LONGER, "float": FLOAT}
-    found |= {f"pruned_{name}": pruning.output for name, pruning in PRUNINGS.items()}
-    for prefix, seeds in SEEDS.items():
-        for kind, seed in itertools.product(INT8_KINDS, seeds):
-            found[f"{prefix}{kind}_s{seed}"] = int8_folder(prefix, seed) / f"mobilenetv2_{kind}.pt"
-    return found | {name: packed_file(name) for name in packed_files()}
-
-
-def measuring_steps(data: list[str]) -> Iterator[Step]:
-    """Accuracy on the test images, once for each model; times of all of them in the same rounds."""
-    for name, path in models().items():
-        record = RESULTS / f"evaluate/{name}.json"
-        yield Step(f"evaluate {name}", 0.5, "evaluate.py", (*data, "--weights", path), record, record)
-    # Seeds and packing change no time.
-    timed = [
-        path
-        for name, path in models().items()
-        if not (name.endswith(("_s1", "_s2")) or path.suffix == ".npz")
-    ]
-    latency = RESULTS / "latency.json"
-    yield Step("time them side by side", 3, "scripts/benchmarks.py",
-               ("--threads", 1, "--model_file", *timed), latency, latency)  # fmt: skip
-
-
-def allocation_steps(data: list[str], amp: list[str]) -> Iterator[Step]:
-    """The methods of sharing out a density, compared at output stride 16 after an epoch of recovery."""
-    log = RUNS / "allocation/scanning_log.csv"
-    yield Step(
-        "scan at output stride 16", 8, "scripts/sensitivity_scan.py",
-        (*data, "--weights", FLOAT_OS16, "--split", "val", "--accuracy_threshold", 85,
-         "--sparsities", "0.05", "0.1", "0.3", "0.6", "--o", log),
-        log, log.with_suffix(".json"),
-    )  # fmt: skip
-    special = {"global": ("--spare", "classifier"), "sensitivity": ("--scanning_log", log)}
-    for target, method in itertools.product(("100", "271", "150"), METHODS):
-        sparsity_dict = RUNS / f"allocation/{method}_{target}.csv"
-        yield Step(
-            f"allocate by {method}", 0.2, "scripts/allocate_sparsity.py",
-            ("--weights", FLOAT_OS16, "--target", f"0.{target}", "--method", method, *special.get(method, ()),
-             "--o", sparsity_dict),
-            sparsity_dict,
-        )  # fmt: skip
-        record = RESULTS / f"allocation/{method}_{target}.json"
-        yield Step(
-            f"prune by it to {int(target) / 10:.1f} %", 2, "prune.py",
-            (*data, *amp, "--weights", FLOAT_OS16, "--sparsity_dict", sparsity_dict, "--optimizer", "muon",
-             "--lr", "0.05", "--muon_lr", "0.0125", "--epochs", 1, "--label_smoothing", "0.1",
-             "--output", sparsity_dict.with_suffix(".pth")),
-            record, record,
-        )  # fmt: skip
-
-
-def benchmark_steps(data: list[str]) -> Iterator[Step]:
-    """The claims about speed; see benchmarks/README.md."""
-    runtimes = ("runtimes.py", *data, "--weights", FLOAT, "--rounds", 15, "--output_stride")
-    for name, minutes, (script, *argv) in (
-        ("training", 6, ("training.py", "--rounds", 5)),
-        ("sensitivity_scan", 5, ("sensitivity_scan.py", *data, "--weights", FLOAT_OS16, "--images", 2000)),
-        ("runtimes_os8", 5, (*runtimes, 8)),
-        ("runtimes_os32", 3, (*runtimes, 32)),
-    ):
-        record = RESULTS / f"benchmarks/{name}.json"
-        yield Step(f"benchmark {script}", minutes, f"benchmarks/{script}", tuple(argv), record, record)
-
-
 def main(args: argparse.Namespace) -> None:
     """Run what is not done yet."""
-    data = ["--dataset", args.dataset, "--data_dir", args.data_dir]
-    for name in ("image_size", "val_size"):
-        if getattr(args, name) is not None:
-            data += [f"--{name}", str(getattr(args, name))]
-    to_do = steps(data)
+    to_do = steps(data_flags(args))
     anew = False
     for number, step in enumerate(to_do, 1):
-        heading = (
-            f"[{number}/{len(to_do)}] {step.title}, about {step.minutes:g} minute{'s' * (step.minutes != 1)}"
-        )
+        heading = f"[{number}/{len(to_do)}] about {step.minutes:g} minute{'s' * (step.minutes != 1)}"
         if args.list:
-            print(f"{heading}\n  {command_line(step.script, *step.arguments())}")
+            print(f"{heading}\n  {command_line(*step.arguments())}")
         elif not anew and step.is_done():
-            print(f"{heading}: done before")
+            print(f"{heading}: done before: {command_line(*step.command)}")
         else:
-            run_script(heading, step.script, *step.arguments())
+            run_script(heading, *step.arguments())
             # What follows was made from other files, except where nothing was measured.
-            anew = anew or step.record is not None
+            anew = anew or "--record" in step.command
 
 
 if __name__ == "__main__":

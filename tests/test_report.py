@@ -1,78 +1,65 @@
 import csv
 import json
-import re
 
 import pytest
 import torch
 from PIL import Image
 
 from benchmarks import runtimes
-from scripts.report import Results, fill
-from scripts.reporting import report_blocks
-from scripts.reporting.result_plots import training_curves
+from scripts.report import fill
+from scripts.reporting.pictures import training_curves
+from scripts.reporting.tables import BLOCKS, Results
+from tests.conftest import REPOSITORY
 from tests.test_results_table import evaluated, write
 from utils.common.errors import UserError
 
-RECORD = {
-    "command": "python scripts/demo.py",
-    "arguments": {"seed": 3},
-    "versions": {"torch": "2.9", "torchvision": "0.24"},
-    "cpu": "A CPU",
-    "threads": 2,
-    "results": {
-        "seconds": 61,
-        "variants": [
-            {"variant": "float", "accuracy_pct": 90.0, "size_mb": 9.0, "density": 1.0, "latency_ms": 3.0},
-            {"variant": "int8", "accuracy_pct": 89.5, "size_mb": 2.5, "density": 0.5, "latency_ms": 0.75},
-        ],
-        "steps": [
-            {"script": "train.py", "command": "python train.py", "seconds": 12.4, "printed": ["a", "", "b"]}
-        ],
-    },
-}
-README = """# x
-<!-- begin chain_table demo -->
+PAGE = """# x
+<!-- begin scan_benchmark -->
 old
-<!-- end chain_table -->
+<!-- end scan_benchmark -->
 kept
-<!-- begin step demo:train.py -->
-<!-- end step -->
+<!-- begin runtimes_benchmark 8 -->
+<!-- end runtimes_benchmark -->
 """
+SCAN = {"rows": 50, "images": 2000, "seconds": {"plain loop": 100.0, "ours": 25.0}, "ratio": 4.0}
 
 
-@pytest.fixture
-def results(tmp_path):
-    (tmp_path / "demo.json").write_text(json.dumps(RECORD))
-    return Results(tmp_path)
+def lines_of(folder, block, argument=""):
+    return BLOCKS[block](Results(folder), argument).splitlines()
 
 
-def test_blocks_are_made_of_the_results_alone(results):
-    filled = fill(README, results)
+def test_blocks_are_made_of_the_results_alone(tmp_path):
+    write(tmp_path, "benchmarks/sensitivity_scan", SCAN)
+    filled = fill(PAGE, Results(tmp_path))
     assert "old" not in filled
     assert "kept" in filled
-    assert "| int8 | 89.50 | -0.50 | 2.50 | 0.500 | 0.75 | 4.00× |" in filled
-    assert "61 s on A CPU, 2 threads, torch 2.9, torchvision 0.24, seed 3" in filled
-    assert "$ python train.py\n…\na\nb\n```\n12 s." in filled
-    assert fill(filled, results) == filled
+    assert "| ours | 25.0 | 500 |" in filled
+    assert "--output_stride 8 --record results/benchmarks/runtimes_os8.json` does it" in filled
+    assert fill(filled, Results(tmp_path)) == filled
+    with pytest.raises(UserError, match="'scam_benchmark' is unknown"):
+        fill(PAGE.replace("scan_", "scam_"), Results(tmp_path))
 
 
-def test_what_is_missing_is_named(results):
-    with pytest.raises(UserError, match=r"nothing\.json"):
-        fill(README.replace("demo", "nothing"), results)
-    with pytest.raises(UserError, match=r"prune\.py"):
-        fill(README.replace("train.py", "prune.py"), results)
-    with pytest.raises(UserError, match="unknown"):
-        fill(README.replace("chain_table", "chair_table"), results)
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"seconds": {"ours": "25"}}, "is not a valid record"),
+        ({"seconds": {"ours": None}}, "is not a valid record"),
+        ({"ratio": None}, "is not a valid record"),
+        ({"rows": 0}, "is not a valid record"),
+        ({"seconds": {"ours": float("nan")}}, "nan is not a number"),
+    ],
+)
+def test_a_malformed_record_is_named(tmp_path, change, says):
+    write(tmp_path, "benchmarks/sensitivity_scan", {**SCAN, **change})
+    with pytest.raises(UserError, match=rf"sensitivity_scan\.json.*{says}"):
+        fill(PAGE, Results(tmp_path))
 
 
-def test_a_malformed_record_is_named(results, tmp_path):
-    path = tmp_path / "demo.json"
-    path.write_text(path.read_text().replace('"latency_ms": 3.0', '"latency_ms": "3"'))
-    with pytest.raises(UserError, match=r"demo\.json is not such a record"):
-        fill(README, results)
-    path.write_text(path.read_text().replace('"variants"', '"variant"'))
-    with pytest.raises(UserError, match=r"demo\.json.*no 'variants'"):
-        fill(README, results)
+def test_a_record_without_a_value_is_named(tmp_path):
+    write(tmp_path, "benchmarks/sensitivity_scan", {name: SCAN[name] for name in ("images", "rows", "ratio")})
+    with pytest.raises(UserError, match=r"sensitivity_scan\.json.*no 'seconds'"):
+        fill(PAGE, Results(tmp_path))
 
 
 # Blocks of one benchmark each
@@ -83,29 +70,31 @@ def test_allocations_by_method_and_density(tmp_path):
         "uniform_271": 90.104, "lamp_271": 90.096, "erk_271": 89.9, "lamp_100": 85.0, "uniform_100": 86.5,
     }.items():  # fmt: skip
         write(tmp_path, f"allocation/{name}", {"val_accuracy_pct": accuracy}, epochs=3)
-    lines = report_blocks.allocation_table(Results(tmp_path), "").splitlines()
+    lines = lines_of(tmp_path, "allocation_table")
     assert lines == [
         "| val accuracy % at density | 27.1 % | 10 % |",
-        "|---|--:|--:|",
+        "| --- | --: | --: |",
         # Both are the best at two digits.
         "| uniform | **90.10** | **86.50** |",
         "| erk | 89.90 | – |",
+        "| global | – | – |",
         "| lamp | **90.10** | 85.00 |",
+        "| sensitivity | – | – |",
         "",
         "After the same recovery of 3 epochs; the best of each column in bold.",
     ]
     for name in ("uniform_271", "lamp_271", "erk_271", "lamp_100", "uniform_100"):
         write(tmp_path, f"allocation/{name}", {"val_accuracy_pct": 90.0}, epochs=1)
-    assert "recovery of 1 epoch;" in report_blocks.allocation_table(Results(tmp_path), "")
+    assert "recovery of 1 epoch;" in lines_of(tmp_path, "allocation_table")[-1]
     write(tmp_path, "allocation/erk_100", {"val_accuracy_pct": None}, epochs=3)
     with pytest.raises(UserError, match=r"erk_100\.json.*None is not a number"):
-        report_blocks.allocation_table(Results(tmp_path), "")
+        lines_of(tmp_path, "allocation_table")
 
 
 def test_training_throughput(tmp_path):
     case = {"output_stride": 16, "batch_size": 32, "usual_images_per_s": 250.4, "ours_images_per_s": 800.6}
     write(tmp_path, "benchmarks/training", {"cases": [{**case, "ours_ratio": 3.21}]}, rounds=7)
-    lines = report_blocks.training_benchmark(Results(tmp_path), "").splitlines()
+    lines = lines_of(tmp_path, "training_benchmark")
     assert lines[2] == "| 16 | 32 | 250 | 801 | 3.21× | – | – |"
     assert lines[-1] == "Medians of 7 rounds on A CPU, 1 thread, torch 2.9, torchvision 0.24."
 
@@ -121,29 +110,28 @@ def test_training_throughput_in_bfloat16(tmp_path):
         "ours_amp_ratio": 5.99,
     }
     write(tmp_path, "benchmarks/training", {"cases": [case]}, rounds=7)
-    lines = report_blocks.training_benchmark(Results(tmp_path), "").splitlines()
+    lines = lines_of(tmp_path, "training_benchmark")
     assert lines[2] == "| 16 | 32 | 250 | 801 | 3.21× | 1500 | 5.99× |"
 
 
 def test_scan_times(tmp_path):
-    measured = {"rows": 50, "images": 2000, "seconds": {"plain loop": 100.0, "ours": 25.0}, "ratio": 4.0}
-    write(tmp_path, "benchmarks/sensitivity_scan", measured)
-    lines = report_blocks.scan_benchmark(Results(tmp_path), "").splitlines()
+    write(tmp_path, "benchmarks/sensitivity_scan", SCAN)
+    lines = lines_of(tmp_path, "scan_benchmark")
     assert lines[2:4] == ["| plain loop | 100.0 | 2000 |", "| ours | 25.0 | 500 |"]
     assert lines[-1].startswith("4.00 times as fast for 50 rows over 2000 images")
 
 
-def runtime_row(model, batch_size, median_ms, times_ours, counts=False, limit_pct=None):
+def runtime_row(model, batch_size, median_ms, times_ours, counts=False):
     return {
         "threads": 1, "batch_size": batch_size, "model": model, "median_latency_ms": median_ms,
-        "times_ours": times_ours, "counts": counts, "limit_pct": limit_pct,
+        "times_ours": times_ours, "counts": counts,
     }  # fmt: skip
 
 
 def test_runtimes_are_compared_with_the_best_that_counts(tmp_path):
     rows = [
         runtime_row(f"{runtimes.FLOAT}, frozen", 1, 2.0, 4.0),
-        runtime_row(f"{runtimes.OURS}, x86", 1, 0.5, 1.0, limit_pct=20.04),
+        runtime_row(f"{runtimes.OURS}, x86", 1, 0.5, 1.0),
         runtime_row("A int8, its own", 1, 0.75, 1.6, counts=True),
         runtime_row("B int8, our weights", 1, 0.6, 1.25, counts=True),
         runtime_row("B int8, its own", 1, 0.1, 0.2),
@@ -151,14 +139,14 @@ def test_runtimes_are_compared_with_the_best_that_counts(tmp_path):
         runtime_row(runtimes.OURS, 32, 10.0, 1.0),
     ]
     write(tmp_path, "benchmarks/runtimes_os8", {"rows": rows}, rounds=60, output_stride=8)
-    lines = report_blocks.runtimes_benchmark(Results(tmp_path), "8").splitlines()
+    lines = lines_of(tmp_path, "runtimes_benchmark", "8")
     assert lines[2:4] == [
-        "| 1 | 1 | 0.50 | 0.60 | B int8, our weights | 0.80 | 2.00 | 20.0 |",
-        "| 1 | 32 | 10.00 | – | – | – | 40.00 | – |",
+        "| 1 | 1 | 0.50 | 0.60 | B int8, our weights | 0.80 | 2.00 |",
+        "| 1 | 32 | 10.00 | – | – | – | 40.00 |",
     ]
     write(tmp_path, "benchmarks/runtimes_os8", {"rows": rows[2:3]}, rounds=60, output_stride=8)
     with pytest.raises(UserError, match=r"runtimes_os8\.json.*TorchScript int8"):
-        report_blocks.runtimes_benchmark(Results(tmp_path), "8")
+        lines_of(tmp_path, "runtimes_benchmark", "8")
 
 
 @pytest.mark.parametrize(
@@ -176,9 +164,9 @@ def test_runtimes_are_compared_with_the_best_that_counts(tmp_path):
         ),
     ],
 )
-def test_a_block_without_records_names_the_command(results, block, command):
+def test_a_block_without_records_names_the_command(tmp_path, block, command):
     text = f"<!-- begin {block} -->\n<!-- end {block.split()[0]} -->"
-    assert f"-->\n*Not measured yet: `python {command}` does it.*\n<!--" in fill(text, results)
+    assert f"-->\n*Not measured yet: `python {command}` does it.*\n<!--" in fill(text, Results(tmp_path))
 
 
 # The script
@@ -189,7 +177,7 @@ def history(*accuracies):
 
 
 def run_report(run_script, folder, expect=0):
-    argv = ("--results_dir", folder, "--readme", folder / "README.md")
+    argv = ("--results_dir", folder, "--pages", folder / "README.md", folder / "more.md")
     return run_script("scripts/report.py", *argv, expect=expect)
 
 
@@ -198,51 +186,62 @@ def content(folder):
 
 
 def test_the_second_run_changes_nothing(run_script, tmp_path):
-    (tmp_path / "README.md").write_text("<!-- begin results_table -->\n<!-- end results_table -->\n")
+    pages = {"README.md": "headline", "more.md": "results_table"}
+    for name, block in pages.items():
+        (tmp_path / name).write_text(f"<!-- begin {block} -->\n<!-- end {block} -->\n")
     evaluated(tmp_path, "float", 92.0)
     evaluated(tmp_path, "packed_int8", 100.0, 0.5)
     write(tmp_path, "float", {"test_accuracy_pct": 92.0, "history": history(30.0, 60.0, 92.5)})
     pictures = [tmp_path / name for name in ("accuracy_against_size.png", "training_curves.png")]
     printed = run_report(run_script, tmp_path).stdout.splitlines()
-    assert printed == [f"wrote {path}" for path in (*pictures, tmp_path / "README.md")]
+    assert printed == [f"wrote {path}" for path in (*pictures, *(tmp_path / name for name in pages))]
     for path in pictures:
         with Image.open(path) as image:
             assert min(image.size) > 300
             assert not {"Software", "Creation Time"} & image.info.keys()
     before = content(tmp_path)
-    assert b"| packed int8 | 100.00 | +8.00 |" in before[tmp_path / "README.md"]
-    assert run_report(run_script, tmp_path).stdout.endswith("README.md is up to date\n")
+    assert b"| ours: float | 92.00 | +0.00 |" in before[tmp_path / "README.md"]
+    assert b"| ours: packed int8 | 100.00 | +8.00 |" in before[tmp_path / "more.md"]
+    assert run_report(run_script, tmp_path).stdout.count(" is up to date\n") == 2
     assert content(tmp_path) == before
     evaluated(tmp_path, "packed_int8", 91.0, 0.5)
     run_report(run_script, tmp_path)
     assert {path for path, found in content(tmp_path).items() if found != before[path]} == {
-        tmp_path / "README.md", pictures[0], tmp_path / "evaluate/packed_int8.json",
+        tmp_path / "more.md", pictures[0], tmp_path / "evaluate/packed_int8.json",
     }  # fmt: skip
 
 
 def test_without_records_nothing_is_drawn(run_script, tmp_path):
-    (tmp_path / "README.md").write_text("nothing")
+    for name in ("README.md", "more.md"):
+        (tmp_path / name).write_text("nothing")
     write(tmp_path, "float", {"test_accuracy_pct": 92.0})
     run_report(run_script, tmp_path)
     assert not list(tmp_path.glob("*.png"))
 
 
 def test_bad_input_ends_in_one_line(run_script, tmp_path):
-    (tmp_path / "README.md").write_text("nothing")
+    for name in ("README.md", "more.md"):
+        (tmp_path / name).write_text("nothing")
     write(tmp_path, "qat", {"history": [{"epoch": 1}]})
     assert "qat.json" in run_report(run_script, tmp_path, expect=2).stderr
+    # --readme is the older name of --pages.
     argv = ("--results_dir", tmp_path / "none", "--readme", tmp_path / "README.md")
     assert "--results_dir" in run_script("scripts/report.py", *argv, expect=2).stderr
     assert (tmp_path / "README.md").read_text() == "nothing"
 
 
-def test_curves_by_script_and_folder(tmp_path):
-    commands = {
-        "qat_s0": "quantization_aware_training.py",
-        "float": "train.py",
-        "allocation/erk_100": "prune.py",
-    }
-    for name, script in commands.items():
+def test_the_pages_of_the_repository_are_up_to_date():
+    results = Results(REPOSITORY / "results")
+    for path in [
+        *REPOSITORY.glob("*.md"),
+        *REPOSITORY.glob("docs/*.md"),
+        *REPOSITORY.glob("benchmarks/*.md"),
+    ]:
+        assert fill(path.read_text(), results) == path.read_text(), path
+
+
+def test_curves_by_script(tmp_path):
+    for name, script in {"qat_s0": "quantization_aware_training.py", "float": "train.py"}.items():
         record = write(tmp_path, name, {"history": history(50.0, 60.0)})
         (tmp_path / f"{name}.json").write_text(json.dumps({**record, "command": f"python {script} --seed 0"}))
     write(tmp_path, "without_val", {"history": history(None)})
@@ -251,26 +250,7 @@ def test_curves_by_script_and_folder(tmp_path):
     assert list(training_curves(Results(tmp_path)).items()) == [
         ("training", {"float": curve}),
         ("quantization-aware training", {"qat_s0": curve}),
-        ("recovery after pruning (allocation)", {"erk_100": curve}),
     ]
-
-
-def test_the_scan_is_drawn_as_the_scan_draws_it(run_script, tiny_folder, tiny_weights, tmp_path):
-    (tmp_path / "README.md").write_text("nothing")
-    images = ("--dataset", "folder", "--data_dir", tiny_folder, "--threads", 1)
-    run_script(
-        *("scripts/sensitivity_scan.py", "--weights", tiny_weights, *images, "--accuracy_threshold", 30),
-        *("--sparsities", 0.2, 0.6, "--split", "val", "--o", tmp_path / "scanning_log.csv"),
-        *("--record", tmp_path / "scan.json"),
-    )
-    picture = tmp_path / "scanning_log.png"
-    drawn = picture.read_bytes()
-    picture.unlink()
-    run_report(run_script, tmp_path)
-    assert picture.read_bytes() == drawn
-    log = tmp_path / "scanning_log.csv"
-    log.write_text(re.sub(r"\b\d+x3x3x3\b", "16xmany", log.read_text()))
-    assert "scanning_log.csv has a shape" in run_report(run_script, tmp_path, expect=2).stderr
 
 
 @pytest.mark.parametrize("script", ["train.py", "prune.py", "quantization_aware_training.py"])

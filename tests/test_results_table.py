@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from scripts.reporting.report_records import Results
-from scripts.reporting.results_table import PUBLISHED, Table, results_table
+from scripts.reporting.tables import BLOCKS, HEADLINE, Results
+from tests.conftest import REPOSITORY
 from utils.common.errors import UserError
 
 PUBLISHED_ROWS = [
@@ -17,7 +17,7 @@ PUBLISHED_ROWS = [
 def write(folder, name, results, **arguments):
     """A record as `--record` writes it."""
     record = {
-        "command": "python script.py",
+        "command": "python train.py",
         "arguments": {"seed": 0, "dataset": "folder", **arguments},
         "versions": {"torch": "2.9", "torchvision": "0.24"},
         "cpu": "A CPU",
@@ -68,95 +68,110 @@ def whole(folder):
     return folder
 
 
+def table(folder, block="results_table"):
+    return BLOCKS[block](Results(folder), "")
+
+
 def lines_of(folder):
-    """The lines by their first cell; of equal ones the last."""
-    lines = [line for line in results_table(Results(folder)).splitlines() if line.startswith("| ")]
-    return {line.split(" | ")[0].strip("| *"): line for line in lines}
+    """The lines by their first cell."""
+    lines = [line for line in table(folder).splitlines() if line.startswith("| ")]
+    return {line.split(" | ")[0].strip("| "): line for line in lines}
 
 
 def test_each_row_has_all_its_numbers(whole):
     lines = lines_of(whole)
-    assert lines["float"] == "| float | 92.00 | +0.00 | 88.0 | 8.76 | 1.000 | 4.00 | 5.00 |"
-    assert lines["PTQ per channel, n = 3"] == (
-        "| PTQ per channel, n = 3 | 91.70 ± 0.20 | -0.30 | 88.0 | 2.50 | 1.000 | 1.00 | 1.25 |"
+    assert lines["ours: float"] == "| ours: float | 92.00 | +0.00 | 88,000,000 | 8.76 | 1.000 | 4 | 5 |"
+    assert lines["ours: PTQ per channel, n = 3"] == (
+        "| ours: PTQ per channel, n = 3 | 91.70 ± 0.20 | -0.30 | 88,000,000 | 2.5 | 1.000 | 1 | 1.25 |"
     )
-    assert lines["PTQ per tensor, n = 1"].startswith("| PTQ per tensor, n = 1 | 90.00 | -2.00 |")
+    assert lines["ours: PTQ per tensor, n = 1"].startswith("| ours: PTQ per tensor, n = 1 | 90.00 | -2.00 |")
     # The mean of both seeds, ten read as a number; the sample standard deviation of two is |a - b| / √2.
-    assert lines["pruned to 27.1 %, QAT, n = 2"] == (
-        "| pruned to 27.1 %, QAT, n = 2 | 90.50 ± 0.35 | -1.50 | 88.0 | 2.50 | 0.275 | – | – |"
+    sparse = "ours: 72.9 % sparse (density 27.1 %)"
+    assert lines[f"{sparse}, QAT, n = 2"] == (
+        f"| {sparse}, QAT, n = 2 | 90.50 ± 0.35 | -1.50 | 88,000,000 | 2.5 | 0.275 | – | – |"
     )
-    assert lines["pruned to 27.1 %"].endswith("| 0.271 | 4.04 | 5.05 |")
-    assert lines["pruned to 10 %"].startswith("| pruned to 10 % | 89.00 | -3.00 |")
-    assert lines["pruned to 10 %, packed int8"] == (
-        "| pruned to 10 %, packed int8 | 88.50 | -3.50 | 88.0 | 0.375 | 0.100 | – | – |"
+    assert lines[sparse].endswith("| 0.271 | 4.04 | 5.05 |")
+    sparser = "ours: 90 % sparse (density 10 %)"
+    assert lines[sparser].startswith(f"| {sparser} | 89.00 | -3.00 |")
+    assert lines[f"{sparser}, packed int8"] == (
+        f"| {sparser}, packed int8 | 88.50 | -3.50 | 88,000,000 | 0.375 | 0.100 | – | – |"
     )
-    assert lines["float at output stride 16"].startswith(
-        "| float at output stride 16 | 86.50 | -5.50 | 27.0 |"
+    assert lines["ours: float at output stride 16"].startswith(
+        "| ours: float at output stride 16 | 86.50 | -5.50 | 27,000,000 |"
+    )
+    assert lines["published: float"] == "| published: float | 80.07 | +0.00 | – | 9.1 | 1.000 | 27 | – |"
+    # Its own difference, which its accuracies do not always give.
+    assert lines["published: 72.9 % sparse (density 27.1 %)"] == (
+        "| published: 72.9 % sparse (density 27.1 %) | 73.61 | -6.46 | – | 8.5 | 0.271 | – | – |"
     )
 
 
-def test_the_groups_and_their_order(whole):
-    lines = results_table(Results(whole)).splitlines()
-    assert lines[2:8] == [
-        "| **published** |  |  |  |  |  |  |  |",
-        "| float | 80.07 | +0.00 | – | 9.1 | 1.000 | 27 | – |",
-        "| pruned | 73.61 | -6.46 | – | 8.5 | 0.271 | – | – |",
-        "| **the published recipe, run here** |  |  |  |  |  |  |  |",
-        "| float | 55.00 | +0.00 | 7.0 | 8.76 | 1.000 | – | – |",
-        "| **ours** |  |  |  |  |  |  |  |",
+def test_the_order(whole):
+    lines = table(whole).splitlines()
+    assert [line.split(" | ")[0][2:] for line in lines[2:-2]] == [
+        *("published: float", "published: 72.9 % sparse (density 27.1 %)"),
+        *("ours: the published recipe, run here", "ours: float at output stride 16", "ours: float"),
+        *("ours: PTQ per tensor, n = 1", "ours: PTQ per channel, n = 3"),
+        *("ours: 72.9 % sparse (density 27.1 %)", "ours: 72.9 % sparse (density 27.1 %), QAT, n = 2"),
+        *("ours: 90 % sparse (density 10 %)", "ours: packed float16"),
+        "ours: 90 % sparse (density 10 %), packed int8",
     ]
-    assert [line.split(" | ")[0][2:] for line in lines[8:-2]] == [
-        *("float at output stride 16", "float", "PTQ per tensor, n = 1", "PTQ per channel, n = 3"),
-        *("pruned to 27.1 %", "pruned to 27.1 %, QAT, n = 2", "pruned to 10 %"),
-        *("packed float16", "pruned to 10 %, packed int8"),
+
+
+def test_the_headline_is_eight_of_the_rows(whole):
+    assert table(whole, "headline").splitlines()[:7] == [
+        "| model | test accuracy % | points vs float | size MB | latency ms |",
+        "| --- | --: | --: | --: | --: |",
+        "| published: float | 80.07 | +0.00 | 9.1 | 27 |",
+        "| published: 72.9 % sparse (density 27.1 %) | 73.61 | -6.46 | 8.5 | – |",
+        "| ours: float | 92.00 | +0.00 | 8.76 | 4 |",
+        "| ours: PTQ per channel, n = 3 | 91.70 ± 0.20 | -0.30 | 2.5 | 1 |",
+        "| ours: 72.9 % sparse (density 27.1 %) | 91.00 | -1.00 | 8.76 | 4.04 |",
     ]
+    shipped = table(REPOSITORY / "results", "headline").splitlines()
+    assert len([line for line in shipped if line.startswith(("| published: ", "| ours: "))]) == 8
+    # The last one is the smallest of all packed files.
+    sizes = {
+        path.stem: json.loads(path.read_text())["results"]["file_size_mb"]
+        for path in (REPOSITORY / "results/evaluate").glob("packed_*.json")
+    }
+    assert min(sizes, key=sizes.get) == HEADLINE[-1]
 
 
 def test_where_the_numbers_come_from(whole):
-    last = results_table(Results(whole)).splitlines()[-1]
+    last = table(whole).splitlines()[-1]
     assert last.count("A CPU, 1 thread, torch 2.9, torchvision 0.24") == 2
-    assert "Latency at batch size 1 on" in last
-    assert last.endswith("measured on a JPEG copy (quality 75) of CIFAR-10, not on the official pixels.")
+    assert "Our latencies are at batch size 1 on" in last
+    assert last.endswith("from a JPEG copy (quality 75) of CIFAR-10, not from the official pixels.")
     for path in (whole / "evaluate").iterdir():
         path.write_text(path.read_text().replace('"folder"', '"cifar10"'))
-    assert "JPEG" not in results_table(Results(whole))
+    assert "JPEG" not in table(whole)
 
 
-def test_a_training_alone_gives_accuracy_only(folder):
-    write(folder, "published_recipe", {"test_accuracy_pct": 54.82})
-    write(folder, "float_os16_longer", {"test_accuracy_pct": 86.57})
-    lines = lines_of(folder)
-    assert lines["float"] == "| float | 54.82 | +0.00 | – | – | – | – | – |"
-    # There is no float model at output stride 8 to compare with.
-    assert (
-        lines["float at output stride 16"] == "| float at output stride 16 | 86.57 | – | – | – | – | – | – |"
+def test_without_the_float_model_there_are_no_points(folder):
+    evaluated(folder, "float_os16", 86.57)
+    assert lines_of(folder)["ours: float at output stride 16"].startswith(
+        "| ours: float at output stride 16 | 86.57 | – |"
     )
-    write(folder, "float", {"test_accuracy_pct": 92.0})
-    write(folder, "prune_080", {"test_accuracy_pct": 88.0, "density": 0.0801})
-    lines = lines_of(folder)
-    assert lines["float at output stride 16"].startswith("| float at output stride 16 | 86.57 | -5.43 |")
-    assert lines["pruned to 8 %"] == "| pruned to 8 % | 88.00 | -4.00 | – | – | 0.080 | – | – |"
-    evaluated(folder, "float_os16", 86.6)
-    assert lines_of(folder)["float at output stride 16"].startswith("| float at output stride 16 | 86.60 |")
 
 
 def test_no_difference_has_no_minus(folder):
     evaluated(folder, "float", 92.0)
     evaluated(folder, "packed_float16", 91.999)
-    assert lines_of(folder)["packed float16"].startswith("| packed float16 | 92.00 | +0.00 |")
+    assert lines_of(folder)["ours: packed float16"].startswith("| ours: packed float16 | 92.00 | +0.00 |")
 
 
 def test_without_any_record_of_ours_the_command_is_named(folder):
-    text = results_table(Results(folder))
-    assert {row.group for row in Table(Results(folder)).rows} == {PUBLISHED}
-    assert text.endswith("\n\n*Not measured yet: `python scripts/reproduce.py` does it.*\n")
-    (folder / "published.json").unlink()
-    assert results_table(Results(folder)) == "*Not measured yet: `python scripts/reproduce.py` does it.*\n"
+    for block in ("results_table", "headline"):
+        text = table(folder, block)
+        assert "published: float" in text
+        assert "ours" not in text
+        assert text.endswith("\n\n*Not measured yet: `python scripts/reproduce.py` does it.*\n")
 
 
 FAULTS = {
-    "no_json": (lambda record: "{", r"evaluate/float\.json is not such a record"),
-    "no_object": (lambda record: "[]", r"evaluate/float\.json is not such a record"),
+    "no_json": (lambda record: "{", r"evaluate/float\.json is not a valid record"),
+    "no_object": (lambda record: "[]", r"evaluate/float\.json is not a valid record"),
     "no_accuracy": (
         lambda record: record.replace("accuracy_pct", "accuracy"),
         r"evaluate/float\.json.*no 'accuracy_pct'",
@@ -168,7 +183,7 @@ FAULTS = {
     "nan": (lambda record: record.replace("92.0", "NaN"), r"evaluate/float\.json.*nan is not a number"),
     "null": (lambda record: record.replace("92.0", "null"), r"evaluate/float\.json.*None is not a number"),
     "on_val": (lambda record: record.replace('"test"', '"val"'), r"evaluate/float\.json.*split val"),
-    "binary": (lambda record: b"\xff\xfe\x00", r"evaluate/float\.json is not such a record"),
+    "binary": (lambda record: b"\xff\xfe\x00", r"evaluate/float\.json is not a valid record"),
 }
 
 
@@ -179,14 +194,14 @@ def test_a_malformed_record_is_named(whole, fault):
     spoiled = spoil(path.read_text())
     path.write_bytes(spoiled if isinstance(spoiled, bytes) else spoiled.encode())
     with pytest.raises(UserError, match=says):
-        results_table(Results(whole))
+        table(whole)
 
 
 def test_malformed_latencies_and_published_numbers_are_named(whole):
     write(whole, "latency", {"batch_size": 1, "files": [{"file": "x"}]})
     with pytest.raises(UserError, match=r"latency\.json.*median_latency_ms"):
-        results_table(Results(whole))
+        table(whole)
     (whole / "latency.json").unlink()
     (whole / "published.json").write_text('{"rows": [{"model": "float"}]}')
     with pytest.raises(UserError, match=r"published\.json.*accuracy_pct"):
-        results_table(Results(whole))
+        table(whole)

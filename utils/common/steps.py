@@ -1,9 +1,11 @@
-"""Running one script of this repository after another, as a person would from the shell."""
+"""Run one script of this repository after another, as a person would from the shell."""
 
+import os
 import shlex
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +14,34 @@ from utils.common.errors import UserError
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+def data_flags(args: Namespace) -> list[str]:
+    """Return the flags of `cli.add_data_arguments` that hand the same images on to another script."""
+    given = {name: getattr(args, name) for name in ("dataset", "data_dir", "image_size", "val_size")}
+    return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+
+
 def command_line(script: str, *argv: object) -> str:
-    """What a person would type to run a script."""
+    """Return what a person would type to run a script."""
     return shlex.join(["python", script, *map(str, argv)])
 
 
 def run_script(heading: str, script: str, *argv: object) -> dict[str, Any]:
-    """Run one script with this Python; print the heading, the command, and what it prints as it comes.
+    """Run one script with this Python, after printing the heading and the command.
 
     Returns:
-        script, command, seconds and the printed lines.
+        script, command and seconds.
 
     Raises:
-        UserError: the script did not end well; it has said why.
+        UserError: the script failed; it has said why.
     """
     command = command_line(script, *argv)
     print(f"\n{heading}\n$ {command}", flush=True)
     start = time.perf_counter()
-    printed = []
+    # From the root of the repository the path is the one that was printed, and so is that in the record.
     # Unbuffered, so that what a script prints is seen as it comes.
-    with subprocess.Popen(
-        [sys.executable, "-u", str(REPOSITORY / script), *map(str, argv)],
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            printed.append(line.rstrip("\n"))
+    path = os.path.relpath(REPOSITORY / script)
+    with subprocess.Popen([sys.executable, "-u", path, *map(str, argv)]) as process:
+        process.wait()
     if process.returncode:
         raise UserError(f"{script} ended with exit code {process.returncode}: see above")
-    return {
-        "script": script,
-        "command": command,
-        "seconds": round(time.perf_counter() - start, 1),
-        "printed": printed,
-    }
+    return {"script": script, "command": command, "seconds": round(time.perf_counter() - start, 1)}
