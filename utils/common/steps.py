@@ -36,6 +36,7 @@ def run_script(heading: str, script: str, *argv: object) -> dict[str, Any]:
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
+        assert process.stdout is not None
         for line in process.stdout:
             print(line, end="", flush=True)
             printed.append(line.rstrip("\n"))
