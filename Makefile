@@ -7,12 +7,12 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.runtime ## the whole chain on drawn images, offline
 	$(BIN)/python scripts/demo.py --output_dir demo --force
 
-test: types ## types, lint, then every test
+test: $(VENV)/.development ## lint, then every test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-types: $(VENV)/.development ## check types
+types: $(VENV)/.development ## check types; needs the newest torch, whose annotations are the most complete
 	$(BIN)/mypy
 
 lint: $(VENV)/.development ## fix what can be fixed, show the rest
