@@ -44,6 +44,7 @@ def walk(model: MobileNetV2) -> list[Operation]:
         for name, module in block.named_modules(prefix=f"features.{index}"):
             if isinstance(module, nn.Conv2d):
                 sequence = model.get_submodule(name.rpartition(".")[0])
+                assert isinstance(sequence, nn.Sequential)
                 has_relu6 = isinstance(sequence[-1], nn.ReLU6)
                 operations.append(Operation("convolution", name, (last,), module, has_relu6))
                 last = name
@@ -53,8 +54,9 @@ def walk(model: MobileNetV2) -> list[Operation]:
             last = name
         entering = last
     operations.append(Operation("pool", POOL, (entering,)))
-    classifier = f"classifier.{len(model.classifier) - 1}"
-    operations.append(Operation("linear", classifier, (POOL,), model.classifier[-1]))
+    classifier = model.classifier[-1]
+    assert isinstance(classifier, nn.Linear)
+    operations.append(Operation("linear", f"classifier.{len(model.classifier) - 1}", (POOL,), classifier))
     return operations
 
 
@@ -81,6 +83,7 @@ def without_constant_channels(model: MobileNetV2) -> MobileNetV2:
     model = copy.deepcopy(model)
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
+            assert norm.running_var is not None
             deviation = norm.weight.abs() * (norm.running_var / (norm.running_var + norm.eps)).sqrt()
             norm.weight[deviation < NEGLIGIBLE_DEVIATION] = 0
     return model

@@ -128,7 +128,9 @@ class MobileNetV2(nn.Module):
         features.append(conv_bn_relu6(channels, head_channels, kernel_size=1))
         # Narrow models have as many channels before as behind it; at stride 2 it has no shortcut, and
         # weights mean the same at each output stride only if it has none at stride 1 either.
-        features[FIRST_BLOCK_OF_STAGE_24].use_res_connect = False
+        first_of_stage_24 = features[FIRST_BLOCK_OF_STAGE_24]
+        assert isinstance(first_of_stage_24, InvertedResidual)
+        first_of_stage_24.use_res_connect = False
         self.features = nn.Sequential(*features)
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(head_channels, num_classes))
         self._initialize_weights()
@@ -136,9 +138,11 @@ class MobileNetV2(nn.Module):
     def set_output_stride(self, output_stride: int) -> None:
         """Run the same weights at another output stride (coarser is faster, finer more accurate)."""
         self.architecture["output_stride"] = output_stride
-        self.features[0][0].stride = (STEM_STRIDES[output_stride],) * 2
-        depthwise = self.features[FIRST_BLOCK_OF_STAGE_24].conv[1][0]
-        depthwise.stride = (STAGE_24_STRIDES[output_stride],) * 2
+        depthwise = f"features.{FIRST_BLOCK_OF_STAGE_24}.conv.1.0"
+        for name, strides in (("features.0.0", STEM_STRIDES), (depthwise, STAGE_24_STRIDES)):
+            layer = self.get_submodule(name)
+            assert isinstance(layer, nn.Conv2d)
+            layer.stride = (strides[output_stride],) * 2
 
     def _initialize_weights(self) -> None:
         for module in self.modules():

@@ -67,7 +67,7 @@ def count_macs(model: nn.Module, image_size: int) -> dict[str, int]:
     layers = prunable_layers(model)
 
     def hook_for(name: str):
-        def hook(module: nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
+        def hook(module: nn.Conv2d | nn.Linear, _inputs: tuple, output: torch.Tensor) -> None:
             # Each output element takes one multiply-add a weight of its filter.
             macs[name] = output[0].numel() * module.weight[0].numel()
 

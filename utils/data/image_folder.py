@@ -118,7 +118,7 @@ def _decode(
     def decode(index: int) -> None:
         path = files[index].path
         try:
-            images[index] = _read_rgb(path, image_size)
+            images[index] = np.asarray(_read_rgb(path, image_size))
         except Exception as error:  # decoders raise errors of every kind on damaged files
             reason = one_line(error)[:120] or type(error).__name__
             raise UserError(f"image {path} cannot be read ({reason}): replace or remove it") from error
@@ -141,7 +141,8 @@ def _decode(
 
 
 def _read_rgb(path: str, image_size: int) -> Image.Image:
-    with Image.open(path) as image:
+    with Image.open(path) as file:
+        image: Image.Image = file
         if image.mode.startswith("I"):
             # Pillow would clip 16-bit grays at 255.
             image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
