@@ -5,16 +5,25 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from models.statistics import model_statistics
-from utils.checkpoints.weights import MOBILENETV2_KINDS, check_classes, is_torchscript, load_weights
+from utils.checkpoints.weights import (
+    ALL_KINDS,
+    MOBILENETV2_KINDS,
+    Weights,
+    check_classes,
+    is_torchscript,
+    load_weights,
+)
 from utils.common.errors import UserError
 from utils.common.files import check_input
 from utils.data.datasets import ImageData, Normalization, measure_normalization
 from utils.deployment.torchscript import load_torchscript
 from utils.packing.int8_weights import is_packed_int8, load_int8
 from utils.quantization import eager as quantization
+from utils.training.distillation import Ensemble
 
 
 @dataclass(frozen=True)
@@ -115,3 +124,36 @@ def open_model(
         dense_size_mb=statistics.dense_size_mb,
         nonzero_size_mb=statistics.nonzero_size_mb,
     )
+
+
+def open_teacher(paths: list[str] | None, student: Weights, device: torch.device) -> Ensemble | None:
+    """Open the files of --teacher as one model in eval mode, or return None if there are none.
+
+    Args:
+        paths: any files that hold a model. An int8 model answers much faster than the float model it
+            was made from, and nearly the same.
+        student: the model to train, with its class names and its normalization.
+        device: where both run.
+
+    Raises:
+        UserError: a file holds no model, its classes or its normalization differ from the student's,
+            or it is int8 and the device is not the CPU.
+    """
+    if not paths:
+        return None
+    return Ensemble(_open_member(path, student, device) for path in paths).eval()
+
+
+def _open_member(path: str, student: Weights, device: torch.device) -> nn.Module:
+    teacher = open_model(path, kinds=ALL_KINDS)
+    classes = teacher.architecture["num_classes"], student.model.architecture["num_classes"]
+    if classes[0] != classes[1] or teacher.class_names not in (None, student.class_names):
+        raise UserError(f"--teacher {path} knows other classes than the model: give one of the same data set")
+    if teacher.normalization not in (None, student.normalization):
+        raise UserError(
+            f"--teacher {path} was trained with another normalization than the model: "
+            "give one of the same data set and --val_size"
+        )
+    if teacher.engine is not None and device.type != "cpu":
+        raise UserError(f"--teacher {path} is int8, which runs on a CPU alone: give float weights")
+    return teacher.model.to(device, memory_format=torch.channels_last)
