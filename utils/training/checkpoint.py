@@ -107,7 +107,7 @@ class Progress:
     history: list[Epoch] = field(default_factory=list)
     best_epoch: int = 0
     best_accuracy_pct: float | None = None
-    best_state: dict[str, Any] | None = None
+    best_state: dict[str, Any] = field(default_factory=dict)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the epoch table, one dictionary per epoch."""

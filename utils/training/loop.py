@@ -75,7 +75,8 @@ class Run:
 
     def step_hooks(self) -> list[Callable[[], None]]:
         """Return what is called after each optimizer step, in this order."""
-        update = [lambda: self.average.update_parameters(self.model)] if self.average else []
+        average = self.average
+        update = [lambda: average.update_parameters(self.model)] if average else []
         return [self.scheduler.step, *update, *self.after_step]
 
     def stateful(self) -> dict[str, Stateful]:
@@ -217,11 +218,9 @@ def _one_epoch(run: Run, called: nn.Module, number: int, progress: Progress) -> 
     )
     seconds = time.perf_counter() - start
     val_accuracy_pct = run.val_accuracy(run.selected)
-    if number >= run.first_selectable_epoch and (
-        progress.best_state is None
-        or val_accuracy_pct is None
-        or val_accuracy_pct > progress.best_accuracy_pct
-    ):
+    best = progress.best_accuracy_pct
+    is_better = best is None or val_accuracy_pct is None or val_accuracy_pct > best
+    if is_better and number >= run.first_selectable_epoch:
         progress.best_epoch = number
         progress.best_accuracy_pct = val_accuracy_pct
         progress.best_state = copy.deepcopy(run.selected.state_dict())

@@ -94,7 +94,7 @@ class ExponentialMovingAverage(AveragedModel):
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        def average(averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
+        def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
             if not averaged.is_floating_point():
                 return current
             steps = int(count)
