@@ -22,7 +22,7 @@ from utils.checkpoints.weights import (
     save_weights,
 )
 from utils.common import cli, distributed, errors, files
-from utils.common.devices import add_device_argument, device_of
+from utils.common.devices import device_of
 from utils.common.errors import UserError
 from utils.data.datasets import ImageData, load_data
 from utils.data.loader import Batches
@@ -75,10 +75,6 @@ def get_args_parser() -> argparse.ArgumentParser:
         parser, epochs=24, batch_size=128, lr=0.05, weight_decay=5e-4, epochs_type=cli.non_negative_int
     )
     add_float_training_arguments(parser)
-    cli.add_data_arguments(parser)
-    cli.add_runtime_arguments(parser)
-    add_device_argument(parser)
-    cli.add_record_argument(parser)
     return parser
 
 

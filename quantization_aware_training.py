@@ -12,7 +12,6 @@ from torch import nn
 
 from utils.checkpoints.weights import Weights, complete, load_weights
 from utils.common import cli, distributed, errors
-from utils.common.devices import add_device_argument
 from utils.data.datasets import ImageData, load_data
 from utils.data.loader import Batches
 from utils.deployment.comparison import (
@@ -72,12 +71,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="fraction of the epochs after which the batch-norm statistics are frozen; at 0 the batch norms "
         "are folded into the weights before the training, and a step takes half the time",
     )
-    add_training_arguments(parser, epochs=8, batch_size=128, lr=1e-3, weight_decay=1e-4)
+    add_training_arguments(parser, epochs=8, batch_size=128, lr=1e-3, weight_decay=1e-4, devices=DEVICES)
     parser.set_defaults(compile=False, amp=False)  # what fake quantization is not trained with
-    cli.add_data_arguments(parser)
-    cli.add_runtime_arguments(parser)
-    add_device_argument(parser, DEVICES)
-    cli.add_record_argument(parser)
     return parser
 
 

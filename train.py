@@ -14,7 +14,6 @@ from models.mobilenetv2 import OUTPUT_STRIDES
 from utils.checkpoints.foreign import load_pretrained
 from utils.checkpoints.weights import Weights, load_weights, save_weights
 from utils.common import cli, distributed, errors, files
-from utils.common.devices import add_device_argument
 from utils.common.errors import UserError
 from utils.data.datasets import load_data, measure_normalization
 from utils.data.loader import Batches
@@ -76,10 +75,6 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="STRIDE:EPOCHS",
         help="epochs at coarser (faster) output strides before --output_stride, such as 32:10 16:10",
     )
-    cli.add_data_arguments(parser)
-    cli.add_runtime_arguments(parser)
-    add_device_argument(parser)
-    cli.add_record_argument(parser)
     return parser
 
 

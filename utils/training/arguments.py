@@ -8,16 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.common import distributed, runtime
-from utils.common.cli import (
-    fraction,
-    fraction_below_one,
-    non_negative_float,
-    non_negative_int,
-    positive_float,
-    positive_int,
-)
-from utils.common.devices import DEVICES, choose_device
+from utils.common import cli, distributed, runtime
+from utils.common.devices import DEVICES, add_device_argument, choose_device
 from utils.data.datasets import ImageData, Normalization
 from utils.data.loader import AUGMENTATIONS, Batches
 from utils.training.checkpoint import Progress, RunConfig
@@ -34,18 +26,17 @@ def add_training_arguments(
     batch_size: int,
     lr: float,
     weight_decay: float,
-    epochs_type: Callable[[str], int] = positive_int,
+    epochs_type: Callable[[str], int] = cli.positive_int,
+    devices: Sequence[str] = DEVICES,
 ) -> None:
-    """Add the flags that every training has, with these defaults."""
+    """Add the flags that every training has: its own with these defaults, images, runtime, --record."""
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=epochs_type, default=epochs, help="passes over the training images")
-    group.add_argument("--batch_size", type=positive_int, default=batch_size, help="images per step")
-    group.add_argument(
-        "--augment", choices=AUGMENTATIONS, default="crop_flip", help="augmentation of the images"
-    )
+    group.add_argument("--batch_size", type=cli.positive_int, default=batch_size, help="images per step")
+    group.add_argument("--augment", choices=AUGMENTATIONS, default="crop_flip", help="image augmentation")
     group.add_argument(
         "--cutout_size",
-        type=non_negative_int,
+        type=cli.non_negative_int,
         default=8,
         help="cutout side in pixels (only with --augment *_cutout)",
     )
@@ -63,28 +54,25 @@ def add_training_arguments(
         help="sgd has Nesterov momentum; muon orthogonalizes the updates of convolutions that mix more than "
         "three channels, and is sgd for the rest",
     )
-    group.add_argument("--lr", type=positive_float, default=lr, help="highest learning rate")
+    group.add_argument("--lr", type=cli.positive_float, default=lr, help="highest learning rate")
     group.add_argument(
         "--muon_lr",
-        type=positive_float,
+        type=cli.positive_float,
         default=MUON_LR,
         help="highest learning rate of the weights that muon orthogonalizes; --lr is for the rest",
     )
     group.add_argument(
-        "--scheduler",
-        choices=SCHEDULERS,
-        default="one_cycle",
-        help="learning-rate schedule, stepped per batch",
+        "--scheduler", choices=SCHEDULERS, default="one_cycle", help="learning-rate schedule (per step)"
     )
     group.add_argument(
         "--weight_decay",
-        type=non_negative_float,
+        type=cli.non_negative_float,
         default=weight_decay,
         help="of convolutions and linear layers; batch norms and biases have none",
     )
     group.add_argument(
         "--label_smoothing",
-        type=fraction_below_one,
+        type=cli.fraction_below_one,
         default=0.0,
         help="share of the target that is spread over all classes",
     )
@@ -98,18 +86,23 @@ def add_training_arguments(
         "the logits of several are averaged (default: no distillation)",
     )
     group.add_argument(
-        "--distill_weight", type=fraction, default=0.9, help="share of the teacher in the loss, from 0 to 1"
+        "--distill_weight", type=cli.fraction, default=0.9, help="the teacher's share of the loss, 0 to 1"
     )
     group.add_argument(
-        "--temperature", type=positive_float, default=4.0, help="divides the logits in the teacher's part"
+        "--temperature", type=cli.positive_float, default=4.0, help="divides the logits in the teacher's part"
     )
+
+    cli.add_data_arguments(parser)
+    cli.add_runtime_arguments(parser)
+    add_device_argument(parser, devices)
+    cli.add_record_argument(parser)
 
 
 def add_float_training_arguments(parser: ArgumentParser) -> None:
     """Add --ema, --compile and --amp, which quantization-aware training does not have."""
     parser.add_argument(
         "--ema",
-        type=fraction_below_one,
+        type=cli.fraction_below_one,
         default=0.0,
         help="decay of a moving average of the weights, which is what is evaluated and written; 0 is off",
     )
