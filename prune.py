@@ -13,49 +13,40 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from models.statistics import ModelStatistics, model_statistics, prunable_layers
+from models.statistics import model_statistics, prunable_layers
 from utils.checkpoints.weights import (
     Weights,
     add_output_stride_argument,
     complete,
     save_weights,
 )
-from utils.common import cli, distributed, errors, files, runtime
-from utils.common.devices import add_device_argument, choose_device, device_of
+from utils.common import cli, distributed, errors, files
+from utils.common.devices import device_of
 from utils.common.errors import UserError
-from utils.common.tables import format_table
 from utils.data.datasets import ImageData, load_data
 from utils.data.loader import Batches
-from utils.evaluation import Evaluation, evaluate
+from utils.evaluation import evaluate
+from utils.open_model import open_teacher
 from utils.open_weights import open_weights
 from utils.pruning.pruner import CubicRamp, FineGrainedPruner
 from utils.pruning.sparsity_dict import MEANING, read_sparsity_dict
-from utils.training.compilation import add_compile_argument, check_compiler
-from utils.training.distillation import add_distillation_arguments, load_teacher, training_loss
-from utils.training.kernels.layers import use_fast_layers
-from utils.training.loop import (
-    EVALUATION_BATCH_SIZE,
-    Progress,
-    Run,
+from utils.pruning.tables import format_accuracies, format_density, format_layers
+from utils.training.arguments import (
+    add_float_training_arguments,
     add_training_arguments,
-    check_training_outputs,
-    finish,
-    fit,
-    select_on_val,
-    training_batches,
+    build_run,
+    finish_training,
+    start_training,
+    training_loader,
 )
-from utils.training.optimization import (
-    ExponentialMovingAverage,
-    add_average_argument,
-    add_optimization_arguments,
-    build_optimizer,
-    build_scheduler,
-)
-from utils.training.precision import add_amp_argument, check_amp
+from utils.training.checkpoint import Progress
+from utils.training.kernels.layers import use_fast_layers
+from utils.training.loop import EVALUATION_BATCH_SIZE, accuracy_on_val, fit
+from utils.training.optimization import ExponentialMovingAverage
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--weights", required=True, help="weights file of the model to prune")
     parser.add_argument("--sparsity_dict", required=True, metavar="CSV", help=MEANING)
@@ -67,7 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--schedule",
         choices=("one_shot", "gradual"),
         default="one_shot",
-        help="prune all at once before the training, or step by step within it (Zhu & Gupta, 2017)",
+        help="prune all at once before the training, or step by step during it (Zhu & Gupta, 2017)",
     )
     pruning.add_argument(
         "--ramp_epochs",
@@ -78,23 +69,17 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--prune_every",
         type=cli.positive_int,
         default=50,
-        help="steps between two prunings of the ramp",
+        help="training steps between two prunings of --schedule gradual",
     )
-    add_training_arguments(parser, epochs=24, batch_size=128, epochs_type=cli.non_negative_int)
-    add_optimization_arguments(parser, lr=0.05, weight_decay=5e-4)
-    add_average_argument(parser)
-    add_compile_argument(parser)
-    add_distillation_arguments(parser)
-    cli.add_data_arguments(parser)
-    cli.add_runtime_arguments(parser)
-    add_device_argument(parser)
-    add_amp_argument(parser)
-    cli.add_record_argument(parser)
+    add_training_arguments(
+        parser, epochs=24, batch_size=128, lr=0.05, weight_decay=5e-4, epochs_type=cli.non_negative_int
+    )
+    add_float_training_arguments(parser)
     return parser
 
 
 def ramp_epochs(args: argparse.Namespace) -> int:
-    """Epochs until all is pruned; 0 when it is so from the start.
+    """Return the number of epochs over which the model is pruned; 0 for one_shot.
 
     Raises:
         UserError: the flags of the schedule contradict each other.
@@ -112,44 +97,6 @@ def ramp_epochs(args: argparse.Namespace) -> int:
     return args.ramp_epochs
 
 
-def format_layers(pruner: FineGrainedPruner) -> str:
-    """The layer table: kept and total weights."""
-    rows = [(name, int(mask.sum()), mask.numel()) for name, mask in pruner.masks.items()]
-    rows.append(("all layers", sum(row[1] for row in rows), sum(row[2] for row in rows)))
-    return format_table(
-        ["layer", "kept", "total", "sparsity (kept)"],
-        [(name, kept, total, f"{kept / total:.4f}") for name, kept, total in rows],
-    )
-
-
-def format_density(statistics: ModelStatistics) -> str:
-    """What is left of the model, of all its parameters, in a line."""
-    return (
-        f"density {100 * statistics.density:.2f} % "
-        f"({statistics.nonzeros} of {statistics.parameters} parameters are not zero): "
-        f"{statistics.nonzero_size_mb:.2f} MB of {statistics.dense_size_mb:.2f} MB by nonzeros"
-    )
-
-
-def format_accuracies(results: dict[str, Evaluation]) -> str:
-    """Test accuracy of each state of the model, and its change against the first."""
-    first = next(iter(results.values()))
-    return format_table(
-        ["model", "test %", "change", "correct", "images", "loss"],
-        [
-            (
-                name,
-                f"{result.accuracy_pct:.2f}",
-                f"{result.accuracy_pct - first.accuracy_pct:+.2f}",
-                result.correct,
-                result.total,
-                f"{result.loss:.4f}",
-            )
-            for name, result in results.items()
-        ],
-    )
-
-
 def recover(
     weights: Weights,
     keep_ratios: dict[str, float],
@@ -157,85 +104,71 @@ def recover(
     data: ImageData,
     args: argparse.Namespace,
 ) -> tuple[nn.Module, Progress]:
-    """Prune and train, pruned weights held at zero; the model that is kept, in its best state."""
-    model, normalization = weights.model, weights.normalization
+    """Prune and train, with pruned weights held at zero; return the model of the best epoch."""
+    model = weights.model
     if device_of(model).type == "cpu":
         use_fast_layers(model, kernels=not args.compile)
-    batches = training_batches(data, normalization, args)
-    ramp = CubicRamp(ramp_epochs(args) * len(batches), args.prune_every) if ramp_epochs(args) else None
+    loader = training_loader(data, weights.normalization, args)
+    ramp = CubicRamp(ramp_epochs(args) * len(loader), args.prune_every) if ramp_epochs(args) else None
     pruner = FineGrainedPruner(model, keep_ratios, ramp)
     pruner.apply()
     average = ExponentialMovingAverage(model, args.ema) if args.ema else None
-    kept: nn.Module = average.module if average else model
-    optimizer = build_optimizer(model, args)
 
-    def update_average() -> None:
-        average.update_parameters(model)
+    def hold_zeros() -> None:
+        pruner.step()
         # The average remembers what a weight was before it was pruned.
-        pruner.apply(kept)
+        if average:
+            pruner.apply(average.module)
 
-    progress = fit(
-        Run(
-            model=model,
-            batches=batches,
-            optimizer=optimizer,
-            scheduler=build_scheduler(optimizer, args, args.epochs * len(batches)),
-            epochs=args.epochs,
-            loss_function=training_loss(teacher, args),
-            candidate=select_on_val(kept, data, normalization),
-            after_step=[pruner.step, update_average] if average else [pruner.step],
-            first_selectable_epoch=max(1, ramp_epochs(args)),
-            state={"pruner": pruner, "average": average} if average else {"pruner": pruner},
-            compile=args.compile,
-            amp=args.amp,
-        ),
+    run = build_run(
+        model,
+        loader,
+        teacher,
+        accuracy_on_val(data, weights.normalization),
         args,
+        average=average,
+        after_step=[hold_zeros],
+        first_selectable_epoch=max(1, ramp_epochs(args)),
+        state={"pruner": pruner},
     )
-    kept.load_state_dict(progress.best_state)
-    return kept, progress
+    progress = fit(run)
+    return run.selected, progress
 
 
 def main(args: argparse.Namespace) -> None:
-    """Prune, recover, save; test is measured before, between and after, for the report alone."""
-    runtime.set_up(args.seed, args.threads, parallel=True)
-    check_training_outputs(args)
+    """Prune, recover, save; test is measured before, between and after, only to be reported."""
+    device = start_training(args)
     ramp_epochs(args)
-    device = choose_device(args)
-    check_amp(args, device)
-    check_compiler(args, device)
     weights = open_weights(args.weights, output_stride=args.output_stride)
     keep_ratios = read_sparsity_dict(args.sparsity_dict, prunable_layers(weights.model))
     data = load_data(args, weights.image_size)
     weights = complete(args.weights, weights, data)
-    teacher = load_teacher(args.teacher, weights, device) if args.teacher else None
-    model = weights.model.to(memory_format=torch.channels_last)
-    test = Batches(data.test, weights.normalization, EVALUATION_BATCH_SIZE)
+    weights.model.to(memory_format=torch.channels_last)
+    teacher = open_teacher(args.teacher, weights, device)
 
-    kept: nn.Module = copy.deepcopy(model)
-    pruner = FineGrainedPruner(kept, keep_ratios)
+    pruned: nn.Module = copy.deepcopy(weights.model)
+    pruner = FineGrainedPruner(pruned, keep_ratios)
     pruner.apply()
-    print(format_layers(pruner))
-    print()
-    print(format_density(model_statistics(kept, weights.image_size)))
-    print(flush=True)
-    for measured in (model, kept):
-        measured.to(device)
-    results = {"dense": evaluate(model, test), "pruned": evaluate(kept, test)}
+    print(format_layers(pruner), end="\n\n")
+    print(format_density(model_statistics(pruned, weights.image_size)), end="\n\n", flush=True)
+    test = Batches(data.test, weights.normalization, EVALUATION_BATCH_SIZE)
+    results = {
+        "dense": evaluate(weights.model.to(device), test),
+        "pruned": evaluate(pruned.to(device), test),
+    }
     progress = Progress()
     if args.epochs:
-        kept, progress = recover(weights, keep_ratios, teacher, data, args)
+        pruned, progress = recover(weights, keep_ratios, teacher, data, args)
     if not distributed.is_main():
         return
-    if args.epochs:
-        results["recovered"] = evaluate(kept, test)
-        print(f"kept epoch {progress.best_epoch} of {args.epochs}")
-        print()
 
-    statistics = model_statistics(kept.cpu(), weights.image_size)
+    if args.epochs:
+        results["recovered"] = evaluate(pruned, test)
+        print()
+    statistics = model_statistics(pruned.cpu(), weights.image_size)
     final = list(results.values())[-1]
     metrics = {
-        "best_epoch": progress.best_epoch,
-        "val_accuracy_pct": progress.best_accuracy_pct,
+        **progress.metrics(),
         "dense_test_accuracy_pct": results["dense"].accuracy_pct,
         "pruned_test_accuracy_pct": results["pruned"].accuracy_pct,
         "test_accuracy_pct": final.accuracy_pct,
@@ -244,12 +177,9 @@ def main(args: argparse.Namespace) -> None:
         "nonzeros": statistics.nonzeros,
         "density": statistics.density,
     }
-    save_weights(args.output, replace(weights, model=kept, metrics=metrics), args)
-    if args.record:
-        runtime.write_record(args.record, args, {**metrics, "history": progress.rows()})
-    finish(args)
-    print(format_accuracies(results))
-    print()
+    save_weights(args.output, replace(weights, model=pruned, metrics=metrics), args)
+    finish_training(args, progress, metrics)
+    print(format_accuracies(results), end="\n\n")
     print(format_density(statistics))
     print(f"wrote {args.output} ({files.file_size_mb(args.output):.2f} MB)")
 

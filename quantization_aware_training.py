@@ -1,20 +1,18 @@
-"""Train a qmodel with the rounding of int8, per channel, and write the int8 model.
+"""Train a qmodel with fake quantization, per channel, and write the int8 model of the best epoch.
 
-After each epoch the int8 model itself, not its float imitation, is evaluated on val; the best is
-kept. Weights that are zero at the start (a pruned model's) are zero at the end.
+After each epoch the int8 model itself, not its float imitation, is evaluated on val. Weights that are
+zero at the start (a pruned model's) are zero at the end.
 """
 
 import argparse
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import nn
 
 from models.folding import fold_batch_norms
 from utils.checkpoints.weights import Weights, complete
-from utils.common import cli, distributed, errors, runtime
-from utils.common.devices import add_device_argument, choose_device
+from utils.common import cli, distributed, errors
 from utils.data.datasets import ImageData, load_data
 from utils.data.loader import Batches
 from utils.deployment.comparison import (
@@ -24,7 +22,7 @@ from utils.deployment.comparison import (
     deploy,
     format_comparison,
 )
-from utils.evaluation import evaluate
+from utils.open_model import open_teacher
 from utils.open_weights import open_weights
 from utils.pruning.pruner import FineGrainedPruner
 from utils.quantization.eager import (
@@ -37,24 +35,22 @@ from utils.quantization.eager import (
     use_engine,
 )
 from utils.quantization.int8_model import Int8Model
-from utils.training.distillation import add_distillation_arguments, load_teacher, training_loss
-from utils.training.loop import (
-    Progress,
-    Run,
+from utils.training.arguments import (
     add_training_arguments,
-    check_training_outputs,
-    finish,
-    fit,
-    training_batches,
+    build_run,
+    finish_training,
+    start_training,
+    training_loader,
 )
-from utils.training.optimization import add_optimization_arguments, build_optimizer, build_scheduler
+from utils.training.checkpoint import Progress
+from utils.training.loop import accuracy_on_val, fit
 
-# Fake quantization is not made for others.
 DEVICES = ("auto", "cpu", "cuda")
+"""Those that fake quantization runs on."""
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument(
         "--output", default="scripted_weights/mobilenetv2_qat.pt", help="TorchScript file to write"
@@ -63,53 +59,38 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_quantization_arguments(parser)
     schedule = parser.add_argument_group("quantization-aware training")
     schedule.add_argument(
-        "--num_train_batches", type=cli.positive_int, help="batches an epoch, at most (default: all)"
+        "--num_train_batches", type=cli.positive_int, help="batches per epoch, at most (default: all)"
     )
     schedule.add_argument(
         "--freeze_ranges",
         type=cli.fraction,
         default=0.5,
-        help="fraction of the epochs after which the ranges of the activations are held",
+        help="fraction of the epochs after which the ranges of the activations are frozen",
     )
     schedule.add_argument(
         "--freeze_batch_norms",
         type=cli.fraction,
         default=0.75,
-        help="fraction of the epochs after which the batch-norm statistics are held; at 0 the batch norms "
+        help="fraction of the epochs after which the batch-norm statistics are frozen; at 0 the batch norms "
         "are folded into the weights before the training, and a step takes half the time",
     )
-    add_training_arguments(parser, epochs=8, batch_size=128)
-    add_optimization_arguments(parser, lr=1e-3, weight_decay=1e-4)
-    add_distillation_arguments(parser)
-    cli.add_data_arguments(parser)
-    cli.add_runtime_arguments(parser)
-    add_device_argument(parser, DEVICES)
-    cli.add_record_argument(parser)
+    add_training_arguments(parser, epochs=8, batch_size=128, lr=1e-3, weight_decay=1e-4, devices=DEVICES)
+    parser.set_defaults(compile=False, amp=False)  # what fake quantization is not trained with
     return parser
 
 
 def freezing(model: nn.Module, args: argparse.Namespace) -> Callable[[int], None]:
-    """A Run's `before_epoch` that holds ranges and batch-norm statistics late in the training."""
+    """Return a Run's `before_epoch` that freezes ranges and batch-norm statistics late in the training."""
 
     def hook(epoch: int) -> None:
         done = (epoch - 1) / args.epochs
-        # With one epoch alone nothing is late, and at 0 they are held from the start.
+        # In a run of one epoch nothing is late; fractions of 0 freeze from the start.
         if done >= args.freeze_ranges:
             freeze_ranges(model)
         if done >= args.freeze_batch_norms:
             freeze_batch_norms(model)
 
     return hook
-
-
-def int8_on_val(
-    model: nn.Module, weights: Weights, data: ImageData, args: argparse.Namespace
-) -> Callable[[], tuple[nn.Module, float | None]]:
-    """A Run's `candidate`: the model in training, and the accuracy on val of its int8 form."""
-    if not len(data.val):
-        return lambda: (model, None)
-    val = Batches(data.val, weights.normalization, args.batch_size, limit=args.num_eval_batches, shared=True)
-    return lambda: (model, evaluate(to_module(convert_qat(model)), val, shared=True).accuracy_pct)
 
 
 def train(
@@ -119,58 +100,53 @@ def train(
     device: torch.device,
     args: argparse.Namespace,
 ) -> tuple[Int8Model, Progress]:
-    """Quantization-aware training on a device; the int8 model of its best epoch."""
-    has_batch_norms = args.freeze_batch_norms > 0
-    model = prepare_qat(weights.model, args.weight_bits, has_batch_norms).to(device)
+    """Train with fake quantization; return the int8 model of the best epoch."""
+    model = prepare_qat(weights.model, args.weight_bits, args.freeze_batch_norms > 0).to(device)
     calibrate_qat(model, calibration_batches(data, weights.normalization, args))
     pruner = FineGrainedPruner.from_zeros(model)
-    batches = replace(training_batches(data, weights.normalization, args), limit=args.num_train_batches)
-    optimizer = build_optimizer(model, args)
-    progress = fit(
-        Run(
-            model=model,
-            batches=batches,
-            optimizer=optimizer,
-            scheduler=build_scheduler(optimizer, args, args.epochs * len(batches)),
-            epochs=args.epochs,
-            loss_function=training_loss(teacher, args),
-            candidate=int8_on_val(model, weights, data, args),
-            after_step=[pruner.apply],
-            before_epoch=[freezing(model, args)],
-        ),
-        args,
+    candidate = accuracy_on_val(
+        data,
+        weights.normalization,
+        args.batch_size,
+        args.num_eval_batches,
+        convert=lambda trained: to_module(convert_qat(trained)),
     )
-    model.load_state_dict(progress.best_state)
-    return convert_qat(model), progress
+    run = build_run(
+        model,
+        training_loader(data, weights.normalization, args, limit=args.num_train_batches),
+        teacher,
+        candidate,
+        args,
+        after_step=[pruner.apply],
+        before_epoch=[freezing(model, args)],
+    )
+    progress = fit(run)
+    return convert_qat(run.selected), progress
 
 
 def main(args: argparse.Namespace) -> None:
     """Train, convert, evaluate, write, time."""
-    runtime.set_up(args.seed, args.threads, parallel=True)
+    device = start_training(args, DEVICES)
     use_engine(args.backend)
-    check_training_outputs(args)
-    device = choose_device(args, DEVICES)
     weights = open_weights(args.weights, "qmodel")
     data = load_data(args, weights.image_size)
     weights = complete(args.weights, weights, data)
     weights.model.to(memory_format=torch.channels_last)
-    teacher = load_teacher(args.teacher, weights, device) if args.teacher else None
+    teacher = open_teacher(args.teacher, weights, device)
 
     int8, progress = train(weights, teacher, data, device, args)
     if not distributed.is_main():
-        return  # The rest is for one process, and times are taken while no other computes.
-    print(f"kept epoch {progress.best_epoch} of {args.epochs}", flush=True)
+        return  # Latency is measured while no other process computes.
+
     test = Batches(data.test, weights.normalization, args.batch_size, limit=args.num_eval_batches)
-    metrics = {"best_epoch": progress.best_epoch, "val_accuracy_pct": progress.best_accuracy_pct}
+    metrics = progress.metrics()
     deployments = [
         deploy("float", fold_batch_norms(weights.model), weights, args.backend, test),
         deploy("qat", int8, weights, args.backend, test, metrics),
     ]
     deployments[1].save(args.output)
     rows = compare(deployments, args)
-    if args.record:
-        runtime.write_record(args.record, args, {**metrics, "rows": rows, "history": progress.rows()})
-    finish(args)
+    finish_training(args, progress, {**metrics, "rows": rows})
     print(f"\n{format_comparison(rows)}\n")
     print(f"wrote {args.output}")
 

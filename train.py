@@ -8,47 +8,36 @@ import argparse
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from models import MobileNetV2, ResNet18
 from models.mobilenetv2 import OUTPUT_STRIDES
 from utils.checkpoints.foreign import load_pretrained
 from utils.checkpoints.weights import Weights, save_weights
-from utils.common import cli, distributed, errors, files, runtime
-from utils.common.devices import add_device_argument, choose_device
+from utils.common import cli, distributed, errors, files
 from utils.common.errors import UserError
 from utils.data.datasets import load_data, measure_normalization
 from utils.data.loader import Batches
 from utils.evaluation import evaluate
+from utils.open_model import open_teacher
 from utils.open_weights import open_weights
-from utils.training.compilation import add_compile_argument, check_compiler
-from utils.training.distillation import add_distillation_arguments, load_teacher, training_loss
-from utils.training.kernels.layers import use_fast_layers
-from utils.training.loop import (
-    EVALUATION_BATCH_SIZE,
-    Run,
+from utils.training.arguments import (
+    add_float_training_arguments,
     add_training_arguments,
-    check_training_outputs,
-    finish,
-    fit,
-    select_on_val,
-    training_batches,
+    build_run,
+    finish_training,
+    start_training,
+    training_loader,
 )
-from utils.training.optimization import (
-    ExponentialMovingAverage,
-    add_average_argument,
-    add_optimization_arguments,
-    build_optimizer,
-    build_scheduler,
-)
-from utils.training.precision import add_amp_argument, check_amp
+from utils.training.kernels.layers import use_fast_layers
+from utils.training.loop import EVALUATION_BATCH_SIZE, accuracy_on_val, fit
+from utils.training.optimization import ExponentialMovingAverage
 
 KINDS = {"mobilenetv2": "float", "resnet18": "resnet18"}
-"""Of the weights file, by --model."""
+"""Kind of the weights file, by --model."""
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--output", default="weights/mobilenetv2.pth", help="weights file to write")
     cli.add_force_argument(parser)
@@ -57,7 +46,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--model",
         choices=sorted(KINDS),
         default="mobilenetv2",
-        help="resnet18 is large, and serves as --teacher alone",
+        help="resnet18 is large, and serves only as a --teacher",
     )
     model.add_argument(
         "--output_stride",
@@ -70,14 +59,15 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--width_mult", type=cli.positive_float, default=1.0, help="multiplies the channels of every layer"
     )
     model.add_argument(
-        "--dropout", type=cli.fraction_below_one, default=0.2, help="probability in front of the classifier"
+        "--dropout", type=cli.fraction_below_one, default=0.2, help="probability before the classifier"
     )
     start = model.add_mutually_exclusive_group()
     start.add_argument("--weights", help="weights file to start from instead of random weights")
     start.add_argument(
         "--pretrained", action="store_true", help="start from torchvision's ImageNet weights (downloaded)"
     )
-    add_training_arguments(parser, epochs=30, batch_size=128)
+    add_training_arguments(parser, epochs=30, batch_size=128, lr=0.2, weight_decay=5e-4)
+    add_float_training_arguments(parser)
     parser.add_argument(
         "--early_output_strides",
         type=early_output_stride,
@@ -86,20 +76,11 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="STRIDE:EPOCHS",
         help="epochs at coarser (faster) output strides before --output_stride, such as 32:10 16:10",
     )
-    add_optimization_arguments(parser, lr=0.2, weight_decay=5e-4)
-    add_average_argument(parser)
-    add_distillation_arguments(parser)
-    add_compile_argument(parser)
-    cli.add_data_arguments(parser)
-    cli.add_runtime_arguments(parser)
-    add_device_argument(parser)
-    add_amp_argument(parser)
-    cli.add_record_argument(parser)
     return parser
 
 
 def early_output_stride(text: str) -> tuple[int, int]:
-    """STRIDE:EPOCHS as two numbers."""
+    """Parse STRIDE:EPOCHS into two numbers."""
     stride, _, epochs = text.partition(":")
     if not (stride.isdecimal() and epochs.isdecimal() and int(stride) in OUTPUT_STRIDES):
         raise argparse.ArgumentTypeError(f"{text!r} must be STRIDE:EPOCHS, such as 32:10")
@@ -107,7 +88,7 @@ def early_output_stride(text: str) -> tuple[int, int]:
 
 
 def output_stride_by_epoch(args: argparse.Namespace) -> list[int]:
-    """The output stride of each epoch.
+    """Return the output stride of each epoch.
 
     Raises:
         UserError: the early epochs leave none at the model's own output stride.
@@ -122,7 +103,7 @@ def output_stride_by_epoch(args: argparse.Namespace) -> list[int]:
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> MobileNetV2 | ResNet18:
-    """A model with random, given or ImageNet weights.
+    """Return a model with random, given or ImageNet weights.
 
     Raises:
         UserError: the weights are of another model, or --model has no such option.
@@ -147,64 +128,50 @@ def build_model(args: argparse.Namespace, num_classes: int) -> MobileNetV2 | Res
 
 def main(args: argparse.Namespace) -> None:
     """Train, select on val, save, report test."""
-    runtime.set_up(args.seed, args.threads, parallel=True)
-    check_training_outputs(args)
+    device = start_training(args)
     strides = output_stride_by_epoch(args)
-    device = choose_device(args)
-    check_amp(args, device)
-    check_compiler(args, device)
     data = load_data(args)
-    normalization = measure_normalization(data)
-    model = build_model(args, len(data.class_names)).to(device)
-    student = Weights(model, KINDS[args.model], data.class_names, normalization, data.train.images.shape[-1])
-    teacher = load_teacher(args.teacher, student, device) if args.teacher else None
-    # torchvision's blocks add and clamp in place, which the fast layers do not bear.
+    weights = Weights(
+        build_model(args, len(data.class_names)),
+        KINDS[args.model],
+        data.class_names,
+        measure_normalization(data),
+        data.train.images.shape[-1],
+    )
+    model = weights.model.to(device)
+    teacher = open_teacher(args.teacher, weights, device)
+    # The fast layers do not go with torchvision's ResNet blocks, which add and clamp in place.
     if device.type == "cpu" and args.model == "mobilenetv2":
         use_fast_layers(model, kernels=not args.compile)
     average = ExponentialMovingAverage(model, args.ema) if args.ema else None
-    kept: nn.Module = average.module if average else model
-
-    batches = training_batches(data, normalization, args)
-    optimizer = build_optimizer(model, args)
 
     def set_output_stride(epoch: int) -> None:
-        for stepped in (model, kept):
-            stepped.set_output_stride(strides[epoch - 1])
+        model.set_output_stride(strides[epoch - 1])
+        if average:
+            average.module.set_output_stride(strides[epoch - 1])
 
-    progress = fit(
-        Run(
-            model=model,
-            batches=batches,
-            optimizer=optimizer,
-            scheduler=build_scheduler(optimizer, args, args.epochs * len(batches)),
-            epochs=args.epochs,
-            loss_function=training_loss(teacher, args),
-            candidate=select_on_val(kept, data, normalization),
-            after_step=[lambda: average.update_parameters(model)] if average else [],
-            before_epoch=[set_output_stride],
-            first_selectable_epoch=1 + sum(epochs for _, epochs in args.early_output_strides),
-            state={"average": average} if average else {},
-            compile=args.compile,
-            amp=args.amp,
-        ),
+    run = build_run(
+        model,
+        training_loader(data, weights.normalization, args),
+        teacher,
+        accuracy_on_val(data, weights.normalization),
         args,
+        average=average,
+        before_epoch=[set_output_stride],
+        first_selectable_epoch=1 + sum(epochs for _, epochs in args.early_output_strides),
     )
-
+    progress = fit(run)
     if not distributed.is_main():
         return
-    kept.load_state_dict(progress.best_state)
-    test = evaluate(kept, Batches(data.test, normalization, EVALUATION_BATCH_SIZE))
+
+    test = evaluate(run.selected, Batches(data.test, weights.normalization, EVALUATION_BATCH_SIZE))
     metrics = {
-        "best_epoch": progress.best_epoch,
-        "val_accuracy_pct": progress.best_accuracy_pct,
+        **progress.metrics(),
         "test_accuracy_pct": test.accuracy_pct,
         "test_loss": test.loss,
     }
-    save_weights(args.output, replace(student, model=kept.cpu(), metrics=metrics), args)
-    if args.record:
-        runtime.write_record(args.record, args, {**metrics, "history": progress.rows()})
-    finish(args)
-    print(f"kept epoch {progress.best_epoch} of {args.epochs}")
+    save_weights(args.output, replace(weights, model=run.selected.cpu(), metrics=metrics), args)
+    finish_training(args, progress, metrics)
     print(f"test accuracy {test.accuracy_pct:.2f} % ({test.correct} / {test.total}), loss {test.loss:.4f}")
     print(f"wrote {args.output} ({files.file_size_mb(args.output):.2f} MB)")
 

@@ -12,7 +12,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.statistics import model_statistics
-from prune import format_density, format_layers
 from utils.common import cli, errors, files
 from utils.common.errors import UserError
 from utils.open_weights import open_weights
@@ -30,6 +29,7 @@ from utils.pruning.allocation import (
 from utils.pruning.pruner import FineGrainedPruner
 from utils.pruning.scanning_log import read_measurements
 from utils.pruning.sparsity_dict import MEANING, describe_layers, write_sparsity_dict
+from utils.pruning.tables import format_density, format_layers
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.common import cli, errors
 from utils.common.steps import command_line, data_flags, run_script
 from utils.pruning.allocation import METHODS
-from utils.training.loop import checkpoint_path
+from utils.training.checkpoint import checkpoint_path
 from utils.training.precision import is_fast_in_bfloat16
 
 FREE_FLAGS = re.compile(r" --(force|resume|threads \d+)\b")  # which no number depends on

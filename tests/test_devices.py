@@ -64,14 +64,13 @@ def test_a_device_that_is_not_there_is_refused(machine, monkeypatch, gpus, args,
 def test_amp_on_a_cpu_that_is_slow_in_bfloat16_is_refused(monkeypatch):
     monkeypatch.setattr(build, "available", lambda: False)
     with pytest.raises(UserError, match="--amp on a CPU needs one that computes with bfloat16"):
-        check_amp(Namespace(amp=True), torch.device("cpu"))
-    check_amp(Namespace(amp=False), torch.device("cpu"))
-    check_amp(Namespace(amp=True), torch.device("cuda"))
+        check_amp(torch.device("cpu"))
+    check_amp(torch.device("cuda"))
 
 
 def test_a_cpu_trains_in_bfloat16_where_that_is_fast(monkeypatch):
     monkeypatch.setattr("utils.training.precision.is_fast_in_bfloat16", lambda: True)
-    check_amp(Namespace(amp=True), torch.device("cpu"))
+    check_amp(torch.device("cpu"))
 
 
 def test_batches_go_where_the_model_is():

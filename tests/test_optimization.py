@@ -1,5 +1,3 @@
-from argparse import Namespace
-
 import pytest
 import torch
 from torch import nn
@@ -8,7 +6,7 @@ from models import MobileNetV2
 from utils.training.muon import orthogonalize
 from utils.training.optimization import build_optimizer, build_scheduler
 
-ARGS = Namespace(optimizer="muon", lr=0.2, muon_lr=0.05, weight_decay=5e-4, scheduler="one_cycle")
+LR, MUON_LR, WEIGHT_DECAY = 0.2, 0.05, 5e-4
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
@@ -47,8 +45,8 @@ def test_muon_steps_pointwise_convolutions_by_orthogonal_updates_and_the_rest_as
     model = MobileNetV2(width_mult=0.25)
     twin = MobileNetV2(width_mult=0.25)
     twin.load_state_dict(model.state_dict())
-    muon = build_optimizer(model, ARGS)
-    sgd = build_optimizer(twin, Namespace(**{**vars(ARGS), "optimizer": "sgd"}))
+    muon = build_optimizer(model, "muon", LR, WEIGHT_DECAY, MUON_LR)
+    sgd = build_optimizer(twin, "sgd", LR, WEIGHT_DECAY, MUON_LR)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     gradients = {name: torch.randn_like(p) for name, p in model.named_parameters()}
     for optimizer, net in ((muon, model), (sgd, twin)):
@@ -60,8 +58,8 @@ def test_muon_steps_pointwise_convolutions_by_orthogonal_updates_and_the_rest_as
     for name, parameter in model.named_parameters():
         if parameter.ndim == 4 and parameter.shape[2:] == (1, 1):
             pointwise += 1
-            decayed = before[name] * (1 - ARGS.lr * ARGS.weight_decay)
-            update = (decayed - parameter.detach()).flatten(1) / ARGS.muon_lr
+            decayed = before[name] * (1 - LR * WEIGHT_DECAY)
+            update = (decayed - parameter.detach()).flatten(1) / MUON_LR
             rows, columns = update.shape
             expected = orthogonalize(gradients[name].flatten(1)) * max(1, rows / columns) ** 0.5
             torch.testing.assert_close(update, expected, rtol=1e-3, atol=1e-3)
@@ -77,21 +75,21 @@ def test_muon_takes_a_3x3_convolution_as_a_matrix_but_not_a_stem():
     gradients = [torch.randn_like(weight) for weight in before]
     for layer, gradient in zip(model, gradients, strict=True):
         layer.weight.grad = gradient.clone()
-    build_optimizer(model, ARGS).step()
+    build_optimizer(model, "muon", LR, WEIGHT_DECAY, MUON_LR).step()
     stem, inner = (
-        weight * (1 - ARGS.lr * ARGS.weight_decay) - layer.weight.detach()
+        weight * (1 - LR * WEIGHT_DECAY) - layer.weight.detach()
         for weight, layer in zip(before, model, strict=True)
     )
-    torch.testing.assert_close(stem, 1.9 * ARGS.lr * gradients[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(stem, 1.9 * LR * gradients[0], rtol=1e-3, atol=1e-3)
     expected = orthogonalize(gradients[1].flatten(1)).view_as(inner)
-    torch.testing.assert_close(inner / ARGS.muon_lr, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(inner / MUON_LR, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_muon_goes_on_from_its_state_as_if_it_had_not_stopped():
     def model_and_optimizer():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(6, 8, 1), nn.Flatten(), nn.Linear(8, 2))
-        return model, build_optimizer(model, ARGS)
+        return model, build_optimizer(model, "muon", LR, WEIGHT_DECAY, MUON_LR)
 
     def step(model, optimizer, seed):
         x = torch.randn(4, 6, 1, 1, generator=torch.Generator().manual_seed(seed))
@@ -114,8 +112,8 @@ def test_muon_goes_on_from_its_state_as_if_it_had_not_stopped():
 
 
 def test_one_cycle_scales_every_group_from_its_own_highest_rate():
-    optimizer = build_optimizer(MobileNetV2(width_mult=0.25), ARGS)
-    scheduler = build_scheduler(optimizer, ARGS, 10)
+    optimizer = build_optimizer(MobileNetV2(width_mult=0.25), "muon", LR, WEIGHT_DECAY, MUON_LR)
+    scheduler = build_scheduler(optimizer, "one_cycle", 10)
     highest = [0.0] * 3
     for _ in range(10):
         highest = [max(h, group["lr"]) for h, group in zip(highest, optimizer.param_groups, strict=True)]

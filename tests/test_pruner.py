@@ -1,4 +1,3 @@
-from argparse import Namespace
 from itertools import pairwise
 
 import pytest
@@ -113,8 +112,7 @@ def test_ratios_that_make_no_sense(ratios, error):
 
 
 def train(model, pruner, optimizer_name, steps, averages=()):
-    args = Namespace(optimizer=optimizer_name, lr=0.01, weight_decay=0.05)
-    optimizer = build_optimizer(model, args)
+    optimizer = build_optimizer(model, optimizer_name, lr=0.01, weight_decay=0.05)
     generator = torch.Generator().manual_seed(1)
     model.train()
     for _ in range(steps):
@@ -236,8 +234,7 @@ def test_state_goes_on_where_it_stopped():
         model = small_model()
         ratios = mixed_ratios(model)
         pruner = FineGrainedPruner(model, ratios, CubicRamp(steps=12, every=3))
-        args = Namespace(optimizer="adam", lr=1e-3, weight_decay=0.05)
-        optimizer = build_optimizer(model, args)
+        optimizer = build_optimizer(model, "adam", lr=1e-3, weight_decay=0.05)
         generator = torch.Generator().manual_seed(1)
         model.train()
         for step in range(16):
@@ -248,7 +245,7 @@ def test_state_goes_on_where_it_stopped():
                 model.load_state_dict(weights)
                 pruner = FineGrainedPruner(model, ratios, CubicRamp(steps=12, every=3))
                 pruner.load_state_dict(state)
-                optimizer = build_optimizer(model, args)
+                optimizer = build_optimizer(model, "adam", lr=1e-3, weight_decay=0.05)
                 optimizer.load_state_dict(momentum)
                 model.train()
             images = torch.randn(4, 3, 32, 32, generator=generator)

@@ -63,7 +63,7 @@ def test_int8_is_as_good_as_float_and_what_is_recorded(trained, tiny_folder, run
     assert evaluated["accuracy_pct"] == pytest.approx(qat["test_accuracy_pct"])
     lines = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.strip()}
     assert lines["qat"][2] == f"{qat['test_accuracy_pct']:.2f}"
-    assert lines["kept"] == ["epoch", str(results["best_epoch"]), "of", "3"]
+    assert lines["best"] == ["epoch", str(results["best_epoch"]), "of", "3"]
 
 
 def test_one_file_is_left_with_the_history(trained):

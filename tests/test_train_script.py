@@ -15,8 +15,9 @@ from tests.conftest import TINY_CLASSES
 from utils.checkpoints.foreign import load_pretrained
 from utils.checkpoints.weights import Weights, save_weights
 from utils.common.errors import UserError
+from utils.open_model import open_teacher
 from utils.open_weights import open_weights
-from utils.training.distillation import Ensemble, load_teacher
+from utils.training.distillation import Ensemble
 
 FAST = ("--width_mult", 0.1, "--output_stride", 32, "--batch_size", 32, "--threads", 1)
 
@@ -180,7 +181,7 @@ def test_a_teacher_that_may_have_seen_the_val_images_is_refused(train, tiny_scri
 def test_an_int8_teacher_stays_on_the_cpu(tiny_qmodel, tiny_scripted):
     student = open_weights(tiny_qmodel, "qmodel")
     with pytest.raises(UserError, match="int8"):
-        load_teacher([str(tiny_scripted / "mobilenetv2_ptq_per_channel.pt")], student, torch.device("meta"))
+        open_teacher([str(tiny_scripted / "mobilenetv2_ptq_per_channel.pt")], student, torch.device("meta"))
 
 
 def test_existing_weights_are_kept(train, tmp_path):

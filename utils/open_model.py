@@ -4,12 +4,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from models import MobileNetV2
 from models.statistics import model_statistics
 from utils.checkpoints.metadata import Metadata
-from utils.checkpoints.weights import MOBILENETV2_KINDS, Weights, check_classes, is_torchscript
+from utils.checkpoints.weights import ALL_KINDS, MOBILENETV2_KINDS, Weights, check_classes, is_torchscript
 from utils.common.errors import UserError
 from utils.common.files import check_input
 from utils.data.datasets import ImageData, Normalization, measure_normalization
@@ -19,6 +20,7 @@ from utils.open_weights import open_weights
 from utils.packing.int8_weights import is_packed_int8, read_int8
 from utils.quantization import eager
 from utils.quantization.int8_model import Int8Model
+from utils.training.distillation import Ensemble
 
 
 @dataclass(frozen=True)
@@ -117,3 +119,37 @@ def metadata_of(weights: Weights) -> Metadata:
         nonzero_size_mb=statistics.nonzero_size_mb,
         metrics=weights.metrics,
     )
+
+
+def open_teacher(paths: list[str] | None, student: Weights, device: torch.device) -> Ensemble | None:
+    """Open the files of --teacher as one model in eval mode, or return None if there are none.
+
+    Args:
+        paths: any files that hold a model. An int8 model answers much faster than the float model it
+            was made from, and nearly the same.
+        student: the model to train, with its class names and its normalization.
+        device: where both run.
+
+    Raises:
+        UserError: a file holds no model, its classes or its normalization differ from the student's,
+            or it is int8 and the device is not the CPU.
+    """
+    if not paths:
+        return None
+    return Ensemble(_open_member(path, student, device) for path in paths).eval()
+
+
+def _open_member(path: str, student: Weights, device: torch.device) -> nn.Module:
+    teacher = open_model(path, kinds=ALL_KINDS)
+    known = teacher.metadata
+    classes = known.architecture["num_classes"], student.model.architecture["num_classes"]
+    if classes[0] != classes[1] or known.class_names not in (None, student.class_names):
+        raise UserError(f"--teacher {path} knows other classes than the model: give one of the same data set")
+    if known.normalization not in (None, student.normalization):
+        raise UserError(
+            f"--teacher {path} was trained with another normalization than the model: "
+            "give one of the same data set and --val_size"
+        )
+    if known.engine is not None and device.type != "cpu":
+        raise UserError(f"--teacher {path} is int8, which runs on a CPU alone: give float weights")
+    return teacher.model.to(device, memory_format=torch.channels_last)

@@ -1,7 +1,5 @@
 """Training a compiled form of the model (torch.compile), which shares its weights with the plain one."""
 
-from argparse import ArgumentParser, Namespace
-
 import torch
 from torch import nn
 
@@ -11,24 +9,12 @@ from utils.common.errors import UserError, one_line
 LONGEST_REASON = 200
 
 
-def add_compile_argument(parser: ArgumentParser) -> None:
-    """--compile."""
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="train with torch.compile in place of our own kernels (for a GPU): minutes of waiting before "
-        "the first step; needs a C++ compiler",
-    )
-
-
-def check_compiler(args: Namespace, device: torch.device) -> None:
-    """For --compile, compile something small before the work starts.
+def check_compiler(device: torch.device) -> None:
+    """Check --compile before the work starts, by compiling something small.
 
     Raises:
-        UserError: there is no compiler, it does not work, or the run is over several processes.
+        UserError: there is no compiler, it does not work, or the run has several processes.
     """
-    if not args.compile:
-        return
     if distributed.world_size() > 1:
         raise UserError("--compile is for a run of one process: leave it out, or start it without torchrun")
     try:
@@ -42,7 +28,7 @@ def check_compiler(args: Namespace, device: torch.device) -> None:
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """What to call instead of `model`: compiled at the first call, and anew where shapes or strides change.
+    """Return what to call instead of `model`: compiled at the first call and when shapes or strides change.
 
     The model itself stays plain, so that copies, state_dict and evaluation are what they were.
     Dropout draws the numbers that it draws without compilation.

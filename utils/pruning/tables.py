@@ -1,0 +1,44 @@
+"""What is printed about a pruned model: each layer's weights, the density, and the accuracies."""
+
+from models.statistics import ModelStatistics
+from utils.common.tables import format_table
+from utils.evaluation import Evaluation
+from utils.pruning.pruner import FineGrainedPruner
+
+
+def format_layers(pruner: FineGrainedPruner) -> str:
+    """Return a table of the kept and total weights of each layer."""
+    rows = [(name, int(mask.sum()), mask.numel()) for name, mask in pruner.masks.items()]
+    rows.append(("all layers", sum(row[1] for row in rows), sum(row[2] for row in rows)))
+    return format_table(
+        ["layer", "kept", "total", "sparsity (kept)"],
+        [(name, kept, total, f"{kept / total:.4f}") for name, kept, total in rows],
+    )
+
+
+def format_density(statistics: ModelStatistics) -> str:
+    """Return one line on the nonzero share of all parameters of the model."""
+    return (
+        f"density {100 * statistics.density:.2f} % "
+        f"({statistics.nonzeros} of {statistics.parameters} parameters are not zero): "
+        f"{statistics.nonzero_size_mb:.2f} MB of {statistics.dense_size_mb:.2f} MB by nonzeros"
+    )
+
+
+def format_accuracies(results: dict[str, Evaluation]) -> str:
+    """Return a table of the test accuracy of each model by name, and its change from the first."""
+    first = next(iter(results.values()))
+    return format_table(
+        ["model", "test %", "change", "correct", "images", "loss"],
+        [
+            (
+                name,
+                f"{result.accuracy_pct:.2f}",
+                f"{result.accuracy_pct - first.accuracy_pct:+.2f}",
+                result.correct,
+                result.total,
+                f"{result.loss:.4f}",
+            )
+            for name, result in results.items()
+        ],
+    )
