@@ -69,7 +69,7 @@ def train_three_steps(_rank: int = 0, model: nn.Module | None = None) -> dict:
     images, labels = torch.randn(3, 8, 3, 8, 8) + 5, torch.randint(2, (3, 8))
     torch.manual_seed(2)
     for x, y in zip(images, labels, strict=True):
-        loss = nn.functional.cross_entropy(called(distributed.share(x)), distributed.share(y))
+        loss = nn.functional.cross_entropy(called(distributed.shard(x)), distributed.shard(y))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -120,8 +120,8 @@ def train_a_step_with_rounding(_rank: int = 0) -> dict:
     called = parallel.parallelize(model.train())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     torch.manual_seed(2)
-    logits = called(distributed.share(images[0]))
-    nn.functional.cross_entropy(logits, distributed.share(labels[0])).backward()
+    logits = called(distributed.shard(images[0]))
+    nn.functional.cross_entropy(logits, distributed.shard(labels[0])).backward()
     optimizer.step()
     gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
     assert len(int8_parameters(convert_qat(model))) == 20
@@ -145,7 +145,7 @@ def test_one_process_notices_nothing():
     assert type(model[1]) is nn.BatchNorm2d
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
     batch = torch.arange(5)
-    assert distributed.share(batch).tolist() == [0, 1, 2, 3, 4]
+    assert distributed.shard(batch).tolist() == [0, 1, 2, 3, 4]
     assert distributed.gather("x") == ["x"]
     with distributed.main_first():
         pass
@@ -154,8 +154,8 @@ def test_one_process_notices_nothing():
 def collective(rank: int):
     with pytest.raises(distributed.UserError, match="multiple"):
         distributed.check_batch_size(5)
-    total = distributed.sum_over_processes(torch.tensor([rank + 1.0])).item()
-    return distributed.gather(f"rank {rank}"), total, distributed.share(torch.arange(5)).tolist()
+    total = distributed.all_reduce_sum(torch.tensor([rank + 1.0])).item()
+    return distributed.gather(f"rank {rank}"), total, distributed.shard(torch.arange(5)).tolist()
 
 
 def test_values_meet():

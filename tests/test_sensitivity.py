@@ -189,7 +189,7 @@ def test_large_images_go_in_small_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "other", [{"shuffle": True}, {"limit": 1}, {"drop_last": True}, {"augment": "flip"}, {"shared": True}]
+    "other", [{"shuffle": True}, {"limit": 1}, {"drop_last": True}, {"augment": "flip"}, {"sharded": True}]
 )
 def test_batches_that_are_not_a_split_in_order_are_refused(other):
     model, batches = learned_model()

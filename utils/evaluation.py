@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from utils.common.devices import device_of, on_device
-from utils.common.distributed import sum_over_processes
+from utils.common.distributed import all_reduce_sum
 from utils.data.loader import Batches
 
 
@@ -28,7 +28,7 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, batches: Batches, num_batches: int | None = None, shared: bool = False
+    model: nn.Module, batches: Batches, num_batches: int | None = None, sharded: bool = False
 ) -> Evaluation:
     """Evaluate `model` (in eval mode for the time of the call) on at most `num_batches` batches.
 
@@ -37,7 +37,7 @@ def evaluate(
             where it is.
         batches: of the split to evaluate on.
         num_batches: None for all.
-        shared: whether each process of a run over several has a slice of each batch, so that the
+        sharded: whether each process of a run over several has a slice of each batch, so that the
             counts of all are added up; every process must make the call then.
     """
     was_training = model.training
@@ -56,9 +56,9 @@ def evaluate(
     loss = torch.stack(losses).cpu().double().sum()
     correct_by_class = torch.bincount(label[hit], minlength=classes)
     total_by_class = torch.bincount(label, minlength=classes)
-    if shared:
+    if sharded:
         for counted in (loss, correct_by_class, total_by_class):
-            sum_over_processes(counted)
+            all_reduce_sum(counted)
     total = int(total_by_class.sum())
     return Evaluation(
         correct=int(correct_by_class.sum()),

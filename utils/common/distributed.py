@@ -66,7 +66,7 @@ def is_main() -> bool:
 def barrier() -> None:
     """Wait until every process is here."""
     # With GPUs, torch's own barrier would take one, be it used or not.
-    sum_over_processes(torch.zeros(()))
+    all_reduce_sum(torch.zeros(()))
 
 
 @contextmanager
@@ -90,22 +90,22 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def sum_over_processes(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, in place."""
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum a tensor over all processes, in place."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def max_over_processes(tensor: Tensor) -> Tensor:
-    """The greatest of the values of all processes, elementwise and in place."""
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Take the elementwise maximum of a tensor over all processes, in place."""
     if world_size() > 1:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor
 
 
-def share(batch: Tensor) -> Tensor:
-    """This process's slice of a batch; slices differ by one at the most."""
+def shard(batch: Tensor) -> Tensor:
+    """Return this process's slice of a batch; sizes differ by at most one."""
     return batch.tensor_split(world_size())[rank()]
 
 
@@ -118,9 +118,9 @@ def check_batch_size(batch_size: int) -> None:
     """Make sure that every process has the same weight in a training step.
 
     Raises:
-        UserError: a batch cannot be shared out evenly.
+        UserError: a batch cannot be split evenly.
     """
     if batch_size % world_size():
         raise UserError(
-            f"--batch_size {batch_size} cannot be shared out among {world_size()} processes: give a multiple"
+            f"--batch_size {batch_size} cannot be split evenly over {world_size()} processes: give a multiple"
         )

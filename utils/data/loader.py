@@ -27,7 +27,7 @@ class Batches:
         shuffle: a new order at each `epoch`, drawn from `seed` and `epoch` alone, so that a
             resumed run sees what an unbroken one would.
         limit: batches in all, at most; None is as many as the split makes.
-        shared: whether each process of a run over several gets its slice of a batch only.
+        sharded: whether each process of a run over several gets its slice of a batch only.
         augment: one of AUGMENTATIONS: zero-padded random crop, horizontal flip, TrivialAugment
             (Müller & Hutter, 2021, https://arxiv.org/abs/2103.10158), and cutout (DeVries &
             Taylor, 2017, https://arxiv.org/abs/1708.04552) of `cutout_size` pixels.
@@ -41,7 +41,7 @@ class Batches:
     cutout_size: int = 8
     drop_last: bool = False
     limit: int | None = None
-    shared: bool = False
+    sharded: bool = False
     seed: int = 0
     epoch: int = 0
 
@@ -58,9 +58,9 @@ class Batches:
             batch = self.split.subset(order[start : start + self.batch_size])
             images = augment_images(batch.images, self.augment, self.cutout_size, generator)
             labels = batch.labels
-            if self.shared:
+            if self.sharded:
                 # After augmenting, so that every process has drawn what a single one would.
-                images, labels = distributed.share(images), distributed.share(labels)
+                images, labels = distributed.shard(images), distributed.shard(labels)
             yield normalize(images, self.normalization), labels
 
 

@@ -47,12 +47,12 @@ class PrefixEvaluator:
         batches: of a whole split in its order.
 
     Raises:
-        ValueError: the batches are shuffled, augmented, shared or leave images out.
+        ValueError: the batches are shuffled, augmented, sharded or leave images out.
     """
 
     def __init__(self, model: MobileNetV2, batches: Batches) -> None:
         is_limited = batches.drop_last or batches.limit is not None
-        if batches.shuffle or batches.shared or is_limited or batches.augment != "none":
+        if batches.shuffle or batches.sharded or is_limited or batches.augment != "none":
             raise ValueError("the batches are not those of a whole split in its order")
         self.model, self.batches = model, batches
         self.blocks = fold_network(model)

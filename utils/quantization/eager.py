@@ -272,7 +272,7 @@ class ActivationFakeQuantize(eager.FusedMovingAvgObsFakeQuantize):
             return super().forward(activation)
         # The range depends on the smallest and the largest value of the batch alone.
         extremes = torch.stack([-activation.detach().amin(), activation.detach().amax()])
-        super().forward(distributed.max_over_processes(extremes) * extremes.new_tensor([-1, 1]))
+        super().forward(distributed.all_reduce_max(extremes) * extremes.new_tensor([-1, 1]))
         self.disable_observer()
         rounded = super().forward(activation)
         self.enable_observer()

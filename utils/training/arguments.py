@@ -154,7 +154,7 @@ def training_loader(
         # The batch statistics of a last, small batch would be mostly noise.
         drop_last=len(data.train) > args.batch_size,
         limit=limit,
-        shared=True,
+        sharded=True,
         seed=args.seed,
     )
 

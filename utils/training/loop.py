@@ -112,8 +112,8 @@ def accuracy_on_val(
     """
     if not len(data.val):
         return lambda _model: None
-    loader = Batches(data.val, normalization, batch_size, limit=limit, shared=True)
-    return lambda model: evaluate(convert(model), loader, shared=True).accuracy_pct
+    loader = Batches(data.val, normalization, batch_size, limit=limit, sharded=True)
+    return lambda model: evaluate(convert(model), loader, sharded=True).accuracy_pct
 
 
 def train_one_epoch(
@@ -150,9 +150,9 @@ def train_one_epoch(
         hits.append((logits.detach().argmax(1) == labels).sum())
         counts.append(len(labels))
     loss_sum = sum(loss * count for loss, count in zip(torch.stack(losses).tolist(), counts, strict=True))
-    total = distributed.sum_over_processes(torch.tensor(sum(counts))).item()
-    mean_loss = distributed.sum_over_processes(torch.tensor(loss_sum, dtype=torch.double)).item() / total
-    correct = distributed.sum_over_processes(torch.stack(hits).sum().cpu())
+    total = distributed.all_reduce_sum(torch.tensor(sum(counts))).item()
+    mean_loss = distributed.all_reduce_sum(torch.tensor(loss_sum, dtype=torch.double)).item() / total
+    correct = distributed.all_reduce_sum(torch.stack(hits).sum().cpu())
     if not mean_loss < float("inf"):
         raise UserError("the loss is no longer a finite number: give a lower --lr and start again")
     return mean_loss, 100 * correct.item() / total

@@ -24,15 +24,15 @@ def parallelize(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model)
 
 
-class _SumOverProcesses(torch.autograd.Function):
+class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def forward(_ctx: FunctionCtx, x: Tensor) -> Tensor:
-        return distributed.sum_over_processes(x.clone())
+        return distributed.all_reduce_sum(x.clone())
 
     @staticmethod
     def backward(_ctx: FunctionCtx, grad_output: Tensor) -> Tensor:
         # Every process's loss depends on every process's input.
-        return distributed.sum_over_processes(grad_output.clone())
+        return distributed.all_reduce_sum(grad_output.clone())
 
 
 class SynchronizedBatchNorm2d(nn.BatchNorm2d):
@@ -47,7 +47,7 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
         variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
         moments = x.new_zeros(distributed.world_size(), 2, x.shape[1])
         moments[distributed.rank()] = torch.stack([mean, variance])
-        means, variances = _SumOverProcesses.apply(moments).unbind(1)
+        means, variances = _AllReduceSum.apply(moments).unbind(1)
         mean = means.mean(0)
         variance = variances.mean(0) + (means - mean).square().mean(0)
         if self.track_running_stats:
@@ -70,4 +70,4 @@ class SynchronizedDropout(nn.Dropout):
         if not self.training or self.p == 0:
             return x
         keep = torch.empty(distributed.world_size() * len(x), *x.shape[1:], dtype=x.dtype, device=x.device)
-        return x * (distributed.share(keep.bernoulli_(1 - self.p)) / (1 - self.p))
+        return x * (distributed.shard(keep.bernoulli_(1 - self.p)) / (1 - self.p))

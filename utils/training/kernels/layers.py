@@ -134,7 +134,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, norm: FusedBatchNorm2d) -> Tensor:
         rows = _as_rows(x)
-        sums = distributed.sum_over_processes(training_kernels.batch_norm_sums(rows, norm.running_mean))
+        sums = distributed.all_reduce_sum(training_kernels.batch_norm_sums(rows, norm.running_mean))
         ctx.count = distributed.world_size() * x.numel() // x.shape[1]
         parameters = training_kernels.batch_norm_parameters(sums, ctx.count, norm, rows.shape[1])
         norm.num_batches_tracked.add_(1)
@@ -152,7 +152,7 @@ class _BatchNorm(torch.autograd.Function):
         inverse = parameters[1, :channels]
         # Those of this process alone: gradients of parameters are averaged over processes later.
         grad_bias, grad_weight = sums[0].float(), sums[1].float() * inverse
-        sums = distributed.sum_over_processes(sums)
+        sums = distributed.all_reduce_sum(sums)
         grad_rows = training_kernels.batch_norm_backward(
             grad_rows, rows, parameters, sums, ctx.count, ctx.has_relu6
         )
