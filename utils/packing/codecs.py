@@ -1,15 +1,15 @@
 """Tensors as streams of bytes that compress well, and back bit for bit.
 
-Two steps, neither of which loses anything:
+Two steps, both lossless:
 
-- Zeros. Of a tensor in which zeros are many, the values that are not zero are kept, and where they
-  are: as a bit mask (one bit a weight) or as gaps (zeros in front of each value; 255 means 255 zeros
-  and no value). Which of the three is smallest is estimated by Huffman coding its bytes.
-- Planes. The bytes of like weight of all numbers of a stream stand together, the most significant
-  ones first: exponents of floats are much alike, the end of a mantissa is noise. A float is turned by
-  one bit first, so that its sign stands last; an int32 has its sign moved there too (zigzag).
+- Zeros. If a tensor has many zeros, only the other values are kept, together with their places: as a
+  bit mask (one bit per weight) or as gaps (the number of zeros before each value; 255 means 255 zeros
+  and no value). The smallest of the three is chosen by the size of its Huffman-coded bytes.
+- Planes. Bytes of the same significance stand together, the most significant ones first: the exponents
+  of floats are much alike, the end of a mantissa is noise. A float is rotated by one bit first, so that
+  its sign comes last; the sign of an int32 is moved there too (zigzag).
 
-Many zeros are meant: -0.0 is no zero here, and comes back as it was.
+-0.0 is not a zero here, and comes back as it was.
 """
 
 import zlib
@@ -22,17 +22,17 @@ LONGEST_GAP = 255
 
 
 def is_kept(values: np.ndarray) -> np.ndarray:
-    """Which values are not zero; -0.0 counts as a value."""
+    """Return which values are not zero; -0.0 counts as a value."""
     return as_integers(values) != 0
 
 
 def as_integers(values: np.ndarray) -> np.ndarray:
-    """The bits of each value as an unsigned integer, flat."""
+    """Return the bits of each value as an unsigned integer, flat."""
     return np.ascontiguousarray(values).reshape(-1).view(f"u{values.itemsize}")
 
 
 def to_planes(values: np.ndarray) -> np.ndarray:
-    """Bytes (itemsize, n), the most significant ones first, of float16, float32, int8 or int32."""
+    """Return the bytes (itemsize, n) of float16, float32, int8 or int32, most significant ones first."""
     bits, last = as_integers(values), 8 * values.itemsize - 1
     if values.dtype.kind == "f":
         bits = (bits << 1) | (bits >> last)
@@ -42,7 +42,7 @@ def to_planes(values: np.ndarray) -> np.ndarray:
 
 
 def from_planes(planes: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The reverse of `to_planes`: values (n,)."""
+    """Return the values (n,) of planes; the inverse of `to_planes`."""
     bits = np.ascontiguousarray(planes.T).view(f">u{dtype.itemsize}").reshape(-1).astype(f"u{dtype.itemsize}")
     last = 8 * dtype.itemsize - 1
     if dtype.kind == "f":
@@ -53,7 +53,7 @@ def from_planes(planes: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def to_gaps(kept: np.ndarray) -> np.ndarray:
-    """The zeros in front of each kept value, as bytes; `kept` is a flat array of booleans."""
+    """Return the number of zeros before each kept value, as bytes; `kept` is a flat array of booleans."""
     gaps = np.diff(np.flatnonzero(kept), prepend=-1) - 1
     longest = gaps // LONGEST_GAP
     encoded = np.full(len(gaps) + longest.sum(), LONGEST_GAP, np.uint8)
@@ -62,24 +62,24 @@ def to_gaps(kept: np.ndarray) -> np.ndarray:
 
 
 def from_gaps(gaps: np.ndarray) -> np.ndarray:
-    """Places of the kept values."""
+    """Return the places of the kept values."""
     ends = np.cumsum(np.where(gaps == LONGEST_GAP, LONGEST_GAP, gaps.astype(np.int64) + 1))
     return ends[gaps != LONGEST_GAP] - 1
 
 
 def huffman_size(data: np.ndarray) -> int:
-    """Bytes that deflate takes for some bytes if it looks at nothing but how often each comes."""
+    """Return the size in bytes of data that deflate has coded by frequency alone."""
     coder = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL + 1, zlib.Z_HUFFMAN_ONLY)
     return len(coder.compress(np.ascontiguousarray(data).tobytes()) + coder.flush())
 
 
 def planes_size(values: np.ndarray) -> int:
-    """`huffman_size` of all planes, each with its own frequencies."""
+    """Return the `huffman_size` of all planes, each with its own frequencies."""
     return sum(map(huffman_size, to_planes(values))) if values.size else 0
 
 
 def choose(values: np.ndarray) -> str:
-    """DENSE, MASK or GAPS: with which of them the tensor is smallest."""
+    """Return the encoding, DENSE, MASK or GAPS, with which a tensor is smallest."""
     kept = is_kept(values)
     sparse = planes_size(values.reshape(-1)[kept])
     costs = {
@@ -91,9 +91,9 @@ def choose(values: np.ndarray) -> str:
 
 
 class Places:
-    """Where the values of sparse tensors are: the streams `mask` and `gaps`, shared by all of them.
+    """The places of the values of sparse tensors: the streams `mask` and `gaps`, which all of them share.
 
-    The tensors of each kind are joined to one long one, so that no count is needed.
+    The tensors of each kind are joined to one long tensor, so that no count is needed.
     """
 
     def __init__(self, mask: np.ndarray, gaps: np.ndarray) -> None:
@@ -102,23 +102,23 @@ class Places:
         self.taken = {MASK: 0, GAPS: 0}
 
     def take(self, encoding: str, size: int) -> np.ndarray:
-        """Places of the values of the next tensor, counted from its start."""
+        """Return the places of the values of the next tensor, counted from its start."""
         start = self.taken[encoding]
         self.taken[encoding] = end = start + size
         if encoding == MASK:
             return np.flatnonzero(self.bits[start:end])
-        first, behind = np.searchsorted(self.places, (start, end))
-        return self.places[first:behind] - start
+        first, end_place = np.searchsorted(self.places, (start, end))
+        return self.places[first:end_place] - start
 
     def are_used_up(self) -> bool:
-        """Whether nothing is left but the bits that fill the last byte of the mask."""
+        """Return whether nothing is left but the padding bits in the last byte of the mask."""
         rest = self.bits[self.taken[MASK] :]
         last = self.places[-1] if len(self.places) else -1
         return len(rest) < 8 and not rest.any() and last < self.taken[GAPS]
 
 
 def join_places(tensors: Sequence[np.ndarray], encodings: str) -> tuple[np.ndarray, np.ndarray]:
-    """The streams `mask` and `gaps` of tensors with these encodings."""
+    """Return the streams `mask` and `gaps` of tensors with these encodings."""
     joined = {}
     for kind in (MASK, GAPS):
         parts = [is_kept(t) for t, encoding in zip(tensors, encodings, strict=True) if encoding == kind]

@@ -6,9 +6,11 @@ that know LZMA in a zip (7-Zip does, Info-ZIP's unzip does not) open the file.
 """
 
 import io
+import lzma
 import os
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +21,8 @@ HEADER = "header.json"
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA)
 LONGEST_NPY_HEADER = 128
 """Bytes that `numpy.save` writes before a one-dimensional array; format version 2 wrote fewer."""
-LARGEST_DICTIONARY = 2**24
-CHUNK = 2**12
-"""Bytes that are read at a time, so that zipfile passes no more than these to LZMA, whose output it
-does not limit: some 30 MB at worst."""
+LZMA_MEMORY = 2**24 + 2**18
+"""Bytes for decompressing LZMA: a dictionary of 16 MiB (zipfile writes 8), and the rest of the decoder."""
 
 
 def write_archive(header: bytes, arrays: dict[str, np.ndarray]) -> bytes:
@@ -102,15 +102,20 @@ class Archive:
             entry = self.entries[name]
             if entry.file_size > limit or entry.compress_type not in METHODS:
                 raise ValueError(f"{entry.file_size} bytes, method {entry.compress_type}")
-            if entry.compress_type == zipfile.ZIP_LZMA and self._dictionary_size(entry) > LARGEST_DICTIONARY:
-                raise ValueError("its LZMA dictionary is too large")
             with self._archive.open(entry) as member:
-                return b"".join(iter(lambda: member.read(CHUNK), b""))
+                is_lzma = entry.compress_type == zipfile.ZIP_LZMA
+                return self._decompress_lzma(entry) if is_lzma else member.read(entry.file_size)
         except Exception as error:
             raise self.damaged(f"{name} cannot be read") from error
 
-    def _dictionary_size(self, entry: zipfile.ZipInfo) -> int:
-        """Return the bytes that zipfile would allocate to decompress an LZMA member."""
+    def _decompress_lzma(self, entry: zipfile.ZipInfo) -> bytes:
+        """Return the content of an LZMA member, of which zipfile limits neither output nor dictionary."""
         lengths = struct.unpack_from("<2H", self.content, entry.header_offset + 26)
         start = entry.header_offset + 30 + sum(lengths)  # after the local header, the name, extra fields
-        return int.from_bytes(self.content[start + 5 : start + 9], "little")
+        compressed = self.content[start : start + entry.compress_size]
+        # Without 4 bytes at the start, and with an unknown length (8 bytes of 255), it is a .lzma file.
+        alone = compressed[4:9] + b"\xff" * 8 + compressed[9:]
+        data = lzma.LZMADecompressor(lzma.FORMAT_ALONE, LZMA_MEMORY).decompress(alone, entry.file_size)
+        if zlib.crc32(data) != entry.CRC:
+            raise ValueError("its checksum is wrong")
+        return data
