@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from models import MobileNetV2
+from models.folding import fold_batch_norms
 from utils.checkpoints.weights import Weights, save_weights
-from utils.deployment.torchscript import ScriptMetadata, save_torchscript, to_torchscript
+from utils.deployment.torchscript import save_torchscript, to_torchscript
+from utils.deployment.torchscript_reader import read_torchscript
 from utils.open_model import open_model
 from utils.open_weights import open_weights
 
@@ -23,29 +25,12 @@ NUMBERS = [
 ]
 
 
-def metadata_of(file, **changes) -> ScriptMetadata:
-    metadata = ScriptMetadata(
-        variant="float",
-        engine=None,
-        architecture=file.architecture,
-        class_names=file.class_names,
-        normalization=file.normalization,
-        image_size=file.image_size,
-        parameters=file.parameters,
-        nonzeros=file.nonzeros,
-        macs=file.macs,
-        dense_size_mb=file.dense_size_mb,
-        nonzero_size_mb=file.nonzero_size_mb,
-    )
-    return replace(metadata, **changes)
-
-
 @pytest.fixture(scope="module")
 def scripted(tiny_weights, tmp_path_factory):
     """The float model of `tiny_weights` as a TorchScript file."""
     file = open_model(tiny_weights)
     path = tmp_path_factory.mktemp("scripted") / "tiny.pt"
-    save_torchscript(path, to_torchscript(file.model, 32), metadata_of(file))
+    save_torchscript(path, to_torchscript(fold_batch_norms(file.model), 32), file.metadata)
     return path
 
 
@@ -123,7 +108,7 @@ def test_an_engine_is_set_for_a_file_and_left_alone_by_a_float_one(tiny_weights,
 
 def test_opening_tells_what_the_file_says(tiny_weights, scripted):
     weights, script = open_model(tiny_weights), open_model(scripted)
-    assert (script.variant, script.engine) == ("float", None)
+    assert (script.metadata.variant, script.metadata.engine) == ("float", None)
     for name in (
         "architecture",
         "class_names",
@@ -133,15 +118,16 @@ def test_opening_tells_what_the_file_says(tiny_weights, scripted):
         "nonzeros",
         "macs",
     ):
-        assert getattr(script, name) == getattr(weights, name), name
-    assert script.density == weights.density
+        assert getattr(script.metadata, name) == getattr(weights.metadata, name), name
+    assert script.metadata.density == weights.metadata.density
     images = torch.randn(3, 3, 32, 32)
     with torch.inference_mode():
         torch.testing.assert_close(script.model(images), weights.model(images), rtol=1e-4, atol=1e-4)
 
 
 def test_an_output_stride_changes_weights_and_is_refused_for_torchscript(tiny_weights, scripted, benchmark):
-    assert open_model(tiny_weights, output_stride=8).macs > 4 * open_model(tiny_weights).macs
+    finer, plain = (open_model(tiny_weights, output_stride=stride) for stride in (8, None))
+    assert finer.metadata.macs > 4 * plain.metadata.macs
     message = benchmark(scripted, "--output_stride", 8, expect=2).stderr
     assert "its output stride is fixed: leave --output_stride out" in message
 
@@ -166,9 +152,9 @@ def test_bad_input(benchmark, tiny_weights, scripted, tmp_path):
     assert "takes images of 64 pixels" in refused(tiny_weights, tmp_path / "64.pth")
 
 
-def test_a_file_for_an_engine_that_does_not_run_here(benchmark, tiny_weights, tmp_path):
-    file = open_model(tiny_weights)
-    metadata = metadata_of(file, variant="qat", engine="another")
-    save_torchscript(tmp_path / "another.pt", to_torchscript(file.model, 32), metadata)
-    message = benchmark(tmp_path / "another.pt", expect=2).stderr
+def test_a_file_for_an_engine_that_does_not_run_here(benchmark, tiny_scripted, tmp_path):
+    model, metadata = read_torchscript(tiny_scripted / "mobilenetv2_ptq_per_channel.pt")
+    path = tmp_path / "another.pt"
+    save_torchscript(path, to_torchscript(model, 32), replace(metadata, engine="another"))
+    message = benchmark(path, expect=2).stderr
     assert "engine another, which this machine does not run" in message

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from models import MobileNetV2Quantization
+from models.folding import fold_batch_norms
 from tests.conftest import REPOSITORY, TINY_CLASSES
-from utils.checkpoints.weights import save_weights
+from utils.checkpoints.weights import Weights, save_weights
 from utils.common.errors import UserError
 from utils.data.datasets import load_data
 from utils.data.loader import Batches
@@ -90,6 +91,13 @@ def int8_files(int8_models, pruned_weights, data, tmp_path_factory):
     return files
 
 
+def exported(path, batch_size=None):
+    """The ONNX model that the script makes of a file."""
+    file = open_model(path)
+    source = fold_batch_norms(file.source.model) if isinstance(file.source, Weights) else file.source
+    return to_onnx(source, file.metadata, batch_size)
+
+
 def arrays_of(onnx, model) -> dict[str, np.ndarray]:
     return {array.name: onnx.numpy_helper.to_array(array) for array in model.graph.initializer}
 
@@ -112,7 +120,7 @@ def test_the_script_writes_a_float_model_that_gives_our_logits(onnx, export, pru
 
 
 def test_the_file_says_what_it_is(onnx, pruned_weights):
-    model = to_onnx(open_model(pruned_weights), batch_size=4)
+    model = exported(pruned_weights, batch_size=4)
     properties = {item.key: json.loads(item.value) for item in model.metadata_props}
     assert properties["class_names"] == list(TINY_CLASSES)
     assert properties["normalization"] == {"mean": [0.35] * 3, "std": [0.2] * 3}
@@ -124,7 +132,7 @@ def test_the_file_says_what_it_is(onnx, pruned_weights):
 
 
 def test_pruned_weights_are_zero_in_the_file(onnx, pruned_weights):
-    arrays = arrays_of(onnx, to_onnx(open_model(pruned_weights)))
+    arrays = arrays_of(onnx, exported(pruned_weights))
     weight = arrays["features.3.conv.0.0.weight"]
     assert not weight[2].any()
     assert not weight[5, :3].any()
@@ -134,27 +142,27 @@ def test_pruned_weights_are_zero_in_the_file(onnx, pruned_weights):
 @pytest.mark.parametrize("variant", ["ptq_per_tensor", "ptq_per_channel"])
 def test_int8_weights_and_scales_are_ours(onnx, variant, int8_models, int8_files):
     model = int8_models[variant]
-    arrays = arrays_of(onnx, to_onnx(open_model(int8_files[variant])))
-    parameters = quantization.int8_parameters(model)
-    assert len(parameters) == 2 * 53
-    for name, expected in parameters.items():
-        found, scale = arrays[name], arrays[f"{name}_scale"]
-        assert not arrays[f"{name}_zero_point"].any()
-        assert scale.shape == (() if variant == "ptq_per_tensor" else (len(expected),))
-        if name.endswith(".weight"):
-            assert found.dtype == np.int8
-            assert np.array_equal(found, expected)
-        else:
-            assert found.dtype == np.int32
-            steps = expected.detach().double().numpy() / scale
-            # Whole steps before they are rounded, but for the precision of float32.
-            assert np.allclose(found, steps, rtol=1e-6, atol=1e-3)
+    arrays = arrays_of(onnx, exported(int8_files[variant]))
+    assert len(model.weights) == len(model.biases) == 53
+    for name, weight in model.weights.items():
+        found, scale = arrays[f"{name}.weight"], arrays[f"{name}.weight_scale"]
+        assert found.dtype == np.int8
+        assert np.array_equal(found, weight)
+        assert np.array_equal(scale, model.scales[name].numpy().reshape(scale.shape))
+        bias, step = arrays[f"{name}.bias"], arrays[f"{name}.bias_scale"]
+        assert bias.dtype == np.int32
+        # Whole steps before they are rounded, but for the precision of float32.
+        assert np.allclose(bias, model.biases[name].double().numpy() / step, rtol=1e-6, atol=1e-3)
+        for kind in ("weight", "bias"):
+            assert not arrays[f"{name}.{kind}_zero_point"].any()
+            shape = () if variant == "ptq_per_tensor" else (len(weight),)
+            assert arrays[f"{name}.{kind}_scale"].shape == shape
 
 
 @pytest.mark.parametrize("variant", ["ptq_per_tensor", "ptq_per_channel"])
 def test_int8_outputs_are_ours(onnx, variant, int8_files, data, pruned_weights):
     file = open_model(int8_files[variant])
-    model = to_onnx(file)
+    model = exported(int8_files[variant])
     batches = Batches(data.test, open_weights(pruned_weights).normalization, 40)
     run = start_session(model.SerializeToString(), threads=1)
     difference = compare_logits(file.model, run, batches)
@@ -164,7 +172,7 @@ def test_int8_outputs_are_ours(onnx, variant, int8_files, data, pruned_weights):
 
 
 def test_relu6_is_where_int8_saturates(onnx, int8_files):
-    model = to_onnx(open_model(int8_files["ptq_per_channel"]))
+    model = exported(int8_files["ptq_per_channel"])
     kinds = {node.op_type for node in model.graph.node}
     assert kinds == {
         "QuantizeLinear",
@@ -193,7 +201,7 @@ def test_onnxruntime_runs_every_layer_in_int8(onnx, int8_files, tmp_path):
     options.log_severity_level = 3
     # The next level is made for this CPU.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    content = to_onnx(open_model(int8_files["ptq_per_channel"])).SerializeToString()
+    content = exported(int8_files["ptq_per_channel"]).SerializeToString()
     onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     nodes = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
     assert nodes.count("QLinearConv") == 52
@@ -241,9 +249,10 @@ def test_a_file_that_does_not_give_our_outputs_is_not_written(onnx, export, prun
     spoilt = wrapped(
         tmp_path,
         "from utils.deployment import onnx as onnx_export",
-        "builder = onnx_export._GraphBuilder",
-        "plain = builder.float_weight",
-        "builder.float_weight = lambda self, weight, bias: plain(self, weight, bias + 0.1)",
+        "plain = onnx_export._Graph.array",
+        "onnx_export._Graph.array = lambda self, name, value: plain(",
+        "    self, name, value + 0.1 if name.endswith('.bias') else value",
+        ")",
     )
     output = tmp_path / "wrong.onnx"
     output.write_text("the old file")

@@ -11,7 +11,7 @@ from models.statistics import prunable_layers
 from tests.conftest import TINY_CLASSES
 from utils.checkpoints.weights import save_weights
 from utils.common.files import file_size_mb
-from utils.deployment.torchscript import load_torchscript
+from utils.deployment.torchscript_reader import read_torchscript
 from utils.open_weights import open_weights
 from utils.pruning.pruner import FineGrainedPruner
 
@@ -99,7 +99,7 @@ def test_metadata_tells_what_a_user_needs(quantized, tiny_qmodel):
     folder, _, _ = quantized
     weights = open_weights(tiny_qmodel, "qmodel")
     for variant, path in files_of(folder).items():
-        _, metadata = load_torchscript(path)
+        _, metadata = read_torchscript(path)
         assert metadata.variant == variant
         assert metadata.engine == (None if variant == "float" else "fbgemm")
         assert metadata.class_names == TINY_CLASSES
@@ -143,13 +143,8 @@ class Int8Layer(NamedTuple):
 
 def int8_layers(path) -> list[Int8Layer]:
     """The layers of a TorchScript file, in forward order."""
-    scripted, _ = load_torchscript(path)
-    layers = []
-    for node in scripted.inlined_graph.nodes():
-        if node.kind() in ("quantized::conv2d", "quantized::linear"):
-            _, packed, scale, _ = (value.toIValue() for value in node.inputs())
-            layers.append(Int8Layer(packed.unpack()[0].int_repr(), scale))
-    return layers
+    model, _ = read_torchscript(path)
+    return [Int8Layer(weight, model.activations[name].scale) for name, weight in model.weights.items()]
 
 
 def test_zeros_of_a_pruned_model_are_zeros_of_its_files(quantize, run_script, tiny_weights, tmp_path):
@@ -167,7 +162,7 @@ def test_zeros_of_a_pruned_model_are_zeros_of_its_files(quantize, run_script, ti
             assert weight.shape == layer.weight.shape
             assert not weight[layer.weight == 0].any(), name
             assert torch.count_nonzero(weight) > 0.7 * torch.count_nonzero(layer.weight), name
-        _, metadata = load_torchscript(files_of(tmp_path)[variant])
+        _, metadata = read_torchscript(files_of(tmp_path)[variant])
         nonzeros = sum(int(torch.count_nonzero(weight)) for weight, _ in found)
         assert nonzeros < metadata.nonzeros < nonzeros + (metadata.parameters * 0.2)
 

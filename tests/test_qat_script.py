@@ -14,7 +14,7 @@ from tests import script_process
 from tests.test_ptq_script import int8_layers
 from utils.checkpoints.weights import save_weights
 from utils.common.files import file_size_mb
-from utils.deployment.torchscript import load_torchscript
+from utils.deployment.torchscript_reader import read_torchscript
 from utils.open_weights import open_weights
 from utils.pruning.pruner import FineGrainedPruner
 from utils.quantization.eager import prepare_qat
@@ -76,7 +76,7 @@ def test_one_file_is_left_with_the_history(trained):
     assert float(rows[record["results"]["best_epoch"] - 1]["val_accuracy_pct"]) == pytest.approx(
         best, abs=1e-5
     )
-    _, metadata = load_torchscript(output)
+    _, metadata = read_torchscript(output)
     assert metadata.variant == "qat"
     assert metadata.metrics["val_accuracy_pct"] == record["results"]["val_accuracy_pct"]
     assert metadata.metrics["test_accuracy_pct"] == record["results"]["rows"][1]["test_accuracy_pct"]
@@ -84,14 +84,10 @@ def test_one_file_is_left_with_the_history(trained):
 
 def test_weights_are_quantized_per_channel(trained):
     output, _, _ = trained
-    scripted, _ = load_torchscript(output)
-    weights = [
-        list(node.inputs())[1].toIValue().unpack()[0]
-        for node in scripted.inlined_graph.nodes()
-        if node.kind() == "quantized::conv2d"
-    ]
-    assert len(weights) == 52
-    assert all(weight.qscheme() == torch.per_channel_affine for weight in weights)
+    model, _ = read_torchscript(output)
+    assert len(model.weights) == 53
+    assert model.per_channel
+    assert all(len(model.scales[name]) == len(weight) for name, weight in model.weights.items())
 
 
 def test_zeros_of_a_pruned_model_stay_zero(train, tiny_qmodel, tmp_path):

@@ -6,9 +6,9 @@ import torchvision
 from torch import nn
 
 from models import MobileNetV2, MobileNetV2Quantization
+from models.folding import fold_batch_norms
 from utils.checkpoints.weights import Weights, save_weights
 from utils.open_weights import open_weights
-from utils.quantization.eager import fold_batch_norms
 
 
 def float_model(**kwargs) -> MobileNetV2:
@@ -63,33 +63,30 @@ def test_from_float_shares_no_memory():
 
 @pytest.mark.parametrize("output_stride", [32, 16, 8])
 @pytest.mark.parametrize("is_training", [True, False], ids=["train mode", "eval mode"])
-def test_fused_outputs_are_the_same(images, output_stride, is_training):
+def test_folded_outputs_are_the_same(images, output_stride, is_training):
     model = float_model(output_stride=output_stride)
-    fused = MobileNetV2Quantization.from_float(model).train(is_training)
-    fused.fuse_model()
-    assert fused.training == is_training
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
+    folded = fold_batch_norms(MobileNetV2Quantization.from_float(model).train(is_training))
+    assert not folded.training
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
     with torch.no_grad():
-        assert_close_logits(fused.eval()(images), model(images))
+        assert_close_logits(folded(images), model(images))
 
 
 @pytest.mark.parametrize("is_training", [True, False], ids=["train mode", "eval mode"])
 def test_outputs_fused_for_training_are_the_same(images, is_training):
     model = float_model(dropout=0.0)
     fused = MobileNetV2Quantization.from_float(model).train(is_training)
-    fused.fuse_model(is_qat=True)
+    fused.fuse_for_qat()
     assert fused.training == is_training
     assert sum(isinstance(m, nn.BatchNorm2d) for m in fused.modules()) == 52
     with torch.no_grad():
         assert_close_logits(fused(images), model.train(is_training)(images))
 
 
-def test_fusing_twice_changes_nothing(images):
-    fused = fold_batch_norms(MobileNetV2Quantization.from_float(float_model()))
+def test_folding_twice_changes_nothing(images):
+    once = fold_batch_norms(MobileNetV2Quantization.from_float(float_model()))
     with torch.no_grad():
-        once = fused(images)
-        fused.fuse_model()
-        assert torch.equal(fused(images), once)
+        assert torch.equal(fold_batch_norms(once)(images), once(images))
 
 
 def test_folding_leaves_the_model_as_it_was(images):
@@ -100,11 +97,13 @@ def test_folding_leaves_the_model_as_it_was(images):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("fuse", [None, False, True], ids=["unfused", "fused", "fused for training"])
+@pytest.mark.parametrize("fuse", [None, "fold", "fuse"], ids=["unfused", "folded", "fused for training"])
 def test_relu6_stays_relu6(images, fuse):
     model = MobileNetV2Quantization.from_float(float_model())
-    if fuse is not None:
-        model.fuse_model(is_qat=fuse)
+    if fuse == "fold":
+        model = fold_batch_norms(model)
+    elif fuse == "fuse":
+        model.fuse_for_qat()
     clamps = [m for m in model.modules() if isinstance(m, nn.ReLU6)]
     assert len(clamps) == 35
     assert not any(type(m) is nn.ReLU for m in model.modules())

@@ -121,8 +121,8 @@ def _int8_model(metadata: Metadata, code: str, constants: list[Any]) -> Int8Mode
     weights, scales, biases, activations = {}, {}, {}, {}
     for name, (index, scale, zero_point) in zip(names, found, strict=True):
         activations[name] = QParams(float(scale), int(zero_point))
-        if not (activations[name].scale > 0 and 0 <= activations[name].zero_point <= 255):
-            raise ValueError(f"{name} has no range")
+        if not (0 < activations[name].scale < math.inf and 0 <= activations[name].zero_point <= 255):
+            raise ValueError(f"{name} has an invalid scale or zero point")
         if name not in shapes:
             continue
         weight, biases[name] = constants[int(index)].weight_and_bias()
@@ -130,8 +130,8 @@ def _int8_model(metadata: Metadata, code: str, constants: list[Any]) -> Int8Mode
         expected = shapes[name], (shapes[name][0],)
         if (weights[name].shape, biases[name].shape) != expected or weight.values.dtype != torch.int8:
             raise ValueError(f"{name} has another shape or type")
-        if len(weight.scales) not in (1, shapes[name][0]):
-            raise ValueError(f"{name} has {len(weight.scales)} scales")
+        if weight.scales.shape not in ((1,), (shapes[name][0],)):
+            raise ValueError(f"{name} has scales of shape {tuple(weight.scales.shape)}")
     if INPUT not in activations or list(weights) != list(shapes):
         raise ValueError("its graph is not that of an int8 MobileNetV2 of its architecture")
     return Int8Model(metadata.architecture, weights, scales, biases, activations)
@@ -166,74 +166,83 @@ class _Quantized:
 
 
 class _PackedParameters:
-    """A holder for what torch packs into one object: weight and bias of a convolution or linear layer."""
+    """What torch packs into one object: weight and bias of a convolution or linear layer."""
 
     def __setstate__(self, state: tuple) -> None:
         self.state = state
 
     def weight_and_bias(self) -> tuple[_Quantized, Tensor]:
-        tensors: list[Any] = []
-        pending = [self.state]
-        while pending:
-            one = pending.pop(0)
-            pending = [*one, *pending] if isinstance(one, list | tuple) else pending
-            tensors += [one] if isinstance(one, Tensor | _Quantized) else []
-        (weight,) = [one for one in tensors if isinstance(one, _Quantized)]
-        (bias,) = [one for one in tensors if isinstance(one, Tensor) and one.dtype == torch.float32]
-        return weight, bias.clone()
+        flat = [one for part in self.state for one in (part if isinstance(part, list) else [part])]
+        (weight,) = [one for one in flat if isinstance(one, _Quantized)]
+        (bias,) = [one for one in flat if isinstance(one, Tensor) and one.dtype == torch.float32]
+        return weight, bias
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds tensors, lists and holders of packed parameters; refuses everything else."""
+    """Builds tensors, lists and `_PackedParameters`; refuses everything else.
+
+    Each storage is read for one tensor, so that the tensors are no larger than the file.
+    """
 
     def __init__(self, file: IO[bytes], archive: zipfile.ZipFile, folder: str) -> None:
         super().__init__(file)
         self.archive, self.folder = archive, folder
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = {
-            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-            ("torch._utils", "_rebuild_qtensor"): _rebuild_quantized,
-            ("torch.jit._pickle", "build_tensorlist"): list,
+        self.unread = {name for name in archive.namelist() if name.startswith(f"{folder}/constants/")}
+        self.known = {
+            ("torch._utils", "_rebuild_tensor_v2"): self.rebuild_tensor,
+            ("torch._utils", "_rebuild_qtensor"): self.rebuild_quantized,
+            ("torch.jit._pickle", "build_tensorlist"): lambda tensors: tensors,
             ("torch.jit._pickle", "restore_type_tag"): lambda value, _tag: value,
-            ("collections", "OrderedDict"): dict,
+            ("collections", "OrderedDict"): lambda: None,
             ("torch", "per_channel_affine"): "per_channel_affine",
             ("torch", "per_tensor_affine"): "per_tensor_affine",
             ("__torch__.torch.classes.quantized", "Conv2dPackedParamsBase"): _PackedParameters,
             ("__torch__.torch.classes.quantized", "LinearPackedParamsBase"): _PackedParameters,
+            **{("torch", name): dtype for name, dtype in STORAGES.items()},
         }
-        if (module, name) in known:
-            return known[module, name]
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        raise ValueError(f"it holds {module}.{name}")
 
-    def persistent_load(self, pid: Any) -> np.ndarray:
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.known:
+            raise ValueError(f"it holds {module}.{name}")
+        return self.known[module, name]
+
+    def persistent_load(self, pid: Any) -> tuple[type, str]:
+        """Return type and name of a storage; `rebuild_tensor` reads it."""
         _, dtype, key, _, _ = pid
-        return np.frombuffer(self.archive.read(f"{self.folder}/constants/{key}"), dtype)
+        return dtype, f"{self.folder}/constants/{key}"
 
+    def rebuild_tensor(
+        self, storage: tuple[type, str], offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+    ) -> Tensor:
+        """Return a contiguous tensor that takes each value of its storage once."""
+        dtype, name = storage
+        self.unread.remove(name)
+        values = np.frombuffer(bytearray(self.archive.read(name)), dtype)
+        expected = 1
+        for step, n in sorted(zip(stride, size, strict=True)):
+            if n != 1 and step != expected:
+                raise ValueError(f"a tensor has strides {stride} for the shape {size}")
+            expected *= n
+        if offset != 0 or expected != len(values):
+            raise ValueError(f"a tensor of shape {size} does not fill its storage")
+        return torch.from_numpy(values).as_strided(size, stride).contiguous()
 
-def _rebuild_tensor(
-    storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
-) -> Tensor:
-    """Return a contiguous copy. A tensor that repeats bytes of the file is refused, whatever its size."""
-    if offset != 0 or math.prod(size) != len(storage) or len(size) != len(stride):
-        raise ValueError("a tensor does not fill its storage")
-    if sum((n - 1) * step for n, step in zip(size, stride, strict=True)) >= max(1, len(storage)):
-        raise ValueError("a tensor reaches beyond its storage")
-    return torch.from_numpy(storage.copy()).as_strided(size, stride).contiguous()
-
-
-def _rebuild_quantized(
-    storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], qscheme: tuple, *_: Any
-) -> _Quantized:
-    values = _rebuild_tensor(storage, offset, size, stride)
-    kind, scale, zero_point, *_ = qscheme
-    if kind == "per_tensor_affine":
-        scale, zero_point = torch.tensor([scale], dtype=torch.float64), torch.tensor([zero_point])
-    if zero_point.any():
-        raise ValueError("a weight is not symmetric")
-    return _Quantized(values, scale)
+    def rebuild_quantized(
+        self,
+        storage: tuple[type, str],
+        offset: int,
+        size: tuple[int, ...],
+        stride: tuple[int, ...],
+        qscheme: tuple,
+        *_: Any,
+    ) -> _Quantized:
+        values = self.rebuild_tensor(storage, offset, size, stride)
+        kind, scale, zero_point, *_ = qscheme
+        if kind == "per_tensor_affine":
+            scale, zero_point = torch.tensor([scale], dtype=torch.float64), torch.tensor([zero_point])
+        if zero_point.any():
+            raise ValueError("a weight is not symmetric")
+        return _Quantized(values, scale)
 
 
 def _read_constants(archive: zipfile.ZipFile) -> list[Any]:
