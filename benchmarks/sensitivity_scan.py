@@ -9,7 +9,6 @@ together, which is the hard case for equal answers.
 """
 
 import argparse
-import copy
 import sys
 import time
 from pathlib import Path
@@ -28,9 +27,8 @@ from utils.data.datasets import ImageData, load_data
 from utils.data.loader import Batches
 from utils.evaluation import Evaluation, evaluate
 from utils.open_weights import open_weights
-from utils.pruning.prefix_evaluation import LOSS_DECIMALS
-from utils.pruning.pruner import FineGrainedPruner
-from utils.pruning.sensitivity import Point, measure, scan_plan
+from utils.pruning.scanning_log import LOSS_DECIMALS, Point
+from utils.pruning.sensitivity import evaluate_with_pruned_layer, measure, scan_plan
 
 SETTLING_BATCHES = 8
 LAYERS_A_TURN = 4
@@ -80,13 +78,6 @@ def load_or_draw_weights(args: argparse.Namespace) -> tuple[Weights, ImageData]:
     return weights, data
 
 
-def evaluate_pruned_copy(model: MobileNetV2, batches: Batches, point: Point) -> Evaluation:
-    """A step of the plain loop."""
-    pruned = copy.deepcopy(model)
-    FineGrainedPruner(pruned, dict([point])).apply()
-    return evaluate(pruned, batches)
-
-
 def check_equal(point: Point, ours: Evaluation, plain: Evaluation) -> None:
     """Make sure that both ways write the same row.
 
@@ -126,7 +117,7 @@ def main(args: argparse.Namespace) -> None:
         start = time.perf_counter()
         ours = [next(scan) for _ in points]
         between = time.perf_counter()
-        plain = [evaluate_pruned_copy(model, batches, point) for point in points]
+        plain = [evaluate_with_pruned_layer(model, batches, *point) for point in points]
         seconds["ours"].append(between - start)
         seconds["plain loop"].append(time.perf_counter() - between)
         for point, one, other in zip(points, ours, plain, strict=True):

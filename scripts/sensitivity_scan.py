@@ -27,8 +27,8 @@ from utils.evaluation import evaluate
 from utils.open_weights import open_weights
 from utils.pruning.plots import plot_sensitivity
 from utils.pruning.pruner import kept_count
-from utils.pruning.scanning_log import ScanningLog, scan_id
-from utils.pruning.sensitivity import measure, scan_plan
+from utils.pruning.scanning_log import ScanningLog
+from utils.pruning.sensitivity import measure, scan_id, scan_plan
 from utils.pruning.sparsity_dict import describe_layers
 
 

@@ -6,7 +6,6 @@ import signal
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,9 +23,9 @@ from utils.data.datasets import Normalization, Split
 from utils.data.loader import Batches
 from utils.evaluation import Evaluation, evaluate
 from utils.open_weights import open_weights
-from utils.pruning import prefix_evaluation
-from utils.pruning.scanning_log import COLUMNS, ScanningLog, read_recommended
-from utils.pruning.sensitivity import evaluate_with_pruned_layer, measure, pruned_layer, recommend, scan_plan
+from utils.pruning import sensitivity
+from utils.pruning.scanning_log import COLUMNS, ScanningLog, read_recommended, recommend
+from utils.pruning.sensitivity import evaluate_with_pruned_layer, measure, scan_plan
 from utils.pruning.sparsity_dict import READ_ONLY_COLUMNS, describe_layers, read_sparsity_dict
 
 SCAN = "scripts/sensitivity_scan.py"
@@ -117,6 +116,24 @@ def test_a_model_prepared_for_quantization_is_scanned_alike():
     assert_scan_as_plain(qmodel, batches, scan_plan(qmodel, [0.4])[::8])
 
 
+def images_that_run_again(monkeypatch) -> list[int]:
+    """The number of images of each call of the model itself, in place of the folded network."""
+    counts: list[int] = []
+    own_logits, plain = sensitivity._PrunedLayer._own_logits, sensitivity.evaluate_with_pruned_layer
+
+    def counting(layer, images):
+        counts.append(len(images))
+        return own_logits(layer, images)
+
+    def counting_whole(model, batches, *point):
+        counts.append(len(batches.split))
+        return plain(model, batches, *point)
+
+    monkeypatch.setattr(sensitivity._PrunedLayer, "_own_logits", counting)
+    monkeypatch.setattr(sensitivity, "evaluate_with_pruned_layer", counting_whole)
+    return counts
+
+
 def test_answers_that_rounding_could_change_come_from_the_model_itself(monkeypatch):
     model, batches = learned_model()
     with torch.no_grad():
@@ -124,32 +141,29 @@ def test_answers_that_rounding_could_change_come_from_the_model_itself(monkeypat
         model.classifier[1].weight[1] = model.classifier[1].weight[0] * (1 + 2**-23)
         model.classifier[1].bias[1] = model.classifier[1].bias[0]
         model.classifier[1].weight[2], model.classifier[1].bias[2] = 0.0, -100.0
-    again = []
-    monkeypatch.setattr(
-        prefix_evaluation, "evaluate", lambda m, b: (again.append(len(b.split)), evaluate(m, b))[1]
-    )
+    again = images_that_run_again(monkeypatch)
     plan = scan_plan(model, [0.5])[::6]
-    assert_scan_as_plain(model, batches, plan)
-    assert again.count(32) == 2 * len(plan)
+    evaluations = list(measure(model, batches, plan))
+    assert sum(again) >= len(plan) * len(batches.split)
+    for point, evaluation in zip(plan, evaluations, strict=True):
+        assert_as_plain(evaluation, evaluate_with_pruned_layer(model, batches, *point))
 
 
 def test_a_loss_that_could_be_rounded_otherwise_comes_from_the_model_itself(monkeypatch):
     model, batches = learned_model()
     plan = scan_plan(model, [0.5])[::10]
-    monkeypatch.setattr(prefix_evaluation, "LOSS_DECIMALS", 12)
+    monkeypatch.setattr(sensitivity, "LOSS_DECIMALS", 12)
     for point, evaluation in zip(plan, measure(model, batches, plan), strict=True):
         assert evaluation == evaluate_with_pruned_layer(model, batches, *point)
 
 
 def test_a_scan_runs_on_the_folded_network_in_the_main(monkeypatch):
     model, batches = learned_model()
-    again = []
-    monkeypatch.setattr(
-        prefix_evaluation, "evaluate", lambda m, b: (again.append(len(b.split)), evaluate(m, b))[1]
-    )
+    again = images_that_run_again(monkeypatch)
     plan = scan_plan(model, [0.5])
     list(measure(model, batches, plan))
-    assert sum(again) < 0.2 * len(plan) * len(batches.split)
+    probes = len(plan) * sensitivity.PROBES
+    assert probes <= sum(again) < probes + 0.2 * len(plan) * len(batches.split)
 
 
 def test_weights_that_are_nan_behind_a_layer_are_no_reason_to_differ():
@@ -161,31 +175,11 @@ def test_weights_that_are_nan_behind_a_layer_are_no_reason_to_differ():
     assert evaluations[0].correct_by_class == plain.correct_by_class
 
 
-@pytest.mark.parametrize("kept", [0, 20_000, 150_000])
-def test_memory_is_bounded_and_changes_nothing(monkeypatch, kept):
-    monkeypatch.setattr(prefix_evaluation, "LARGEST_CHUNK", 24)
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_the_size_of_a_chunk_changes_nothing(monkeypatch, chunk):
     model, batches = learned_model()
-    plan = scan_plan(model, [0.5])[::7]
-    expected = [evaluate_with_pruned_layer(model, batches, *point) for point in plan]
-    monkeypatch.setattr(prefix_evaluation, "KEPT_BYTES", kept)
-    evaluator = prefix_evaluation.PrefixEvaluator(model, batches)
-    most = 0
-    for (name, keep_ratio), plain in zip(plan, expected, strict=True):
-        variant = partial(pruned_layer, model, name, keep_ratio)
-        (evaluation,) = evaluator.evaluate_variants(name, [variant])
-        assert_as_plain(evaluation, plain)
-        held = sum(x.nbytes for _, x in evaluator.kept.values())
-        assert held == evaluator.kept_bytes <= kept
-        most = max(most, held)
-    assert most >= kept / 2
-
-
-def test_large_images_go_in_small_chunks(monkeypatch):
-    model, batches = learned_model()
-    largest = 8 * 16 * 16 * 4  # bytes an image leaves the stem with, at output stride 32
-    monkeypatch.setattr(prefix_evaluation, "CHUNK_BYTES", 5 * 3 * 32 * 32 * 4 + 1)
-    assert largest < 3 * 32 * 32 * 4
-    assert prefix_evaluation.PrefixEvaluator(model, batches).chunk_size == 5
+    monkeypatch.setattr(sensitivity, "CHUNK", chunk)
+    assert_scan_as_plain(model, batches, scan_plan(model, [0.5])[::9])
 
 
 @pytest.mark.parametrize(

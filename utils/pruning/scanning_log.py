@@ -7,31 +7,31 @@ above the threshold, or 1.0 in the layer's last row if none does; shape, paramet
 help decide; and scan_id, which tells the rows of one scan from those of another.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from models import MobileNetV2
 from models.statistics import prunable_layers
-from utils.checkpoints.weights import Weights
 from utils.common import distributed
 from utils.common.csv_files import Row, format_line, parse_csv, read_csv, read_text, suggest, write_csv
 from utils.common.errors import UserError
-from utils.data.datasets import Split
-from utils.evaluation import Evaluation
-from utils.pruning.prefix_evaluation import LOSS_DECIMALS
-from utils.pruning.sensitivity import Point, recommend
 from utils.pruning.sparsity_dict import READ_ONLY_COLUMNS
+
+if TYPE_CHECKING:
+    from utils.evaluation import Evaluation
 
 MEASURED_COLUMNS = ("layer", "sparsity", "accuracy_pct", "correct", "total", "loss")
 COLUMNS = (*MEASURED_COLUMNS, "recommended_sparsity", *READ_ONLY_COLUMNS, "scan_id")
 MADE_BY = "scripts/sensitivity_scan.py"
+LOSS_DECIMALS = 4
+
+Point = tuple[str, float]
+"""A layer and the fraction of its weights that is kept while all other layers are whole."""
 
 
 @dataclass(frozen=True)
@@ -50,21 +50,14 @@ class Measurement:
         return 100 * self.correct / self.total
 
 
-def scan_id(weights: Weights, split: Split) -> str:
-    """A fingerprint of all that a measured accuracy depends on."""
-    model = weights.model
-    digest = hashlib.sha256(json.dumps(model.architecture, sort_keys=True).encode())
-    digest.update(repr(weights.normalization).encode())
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(_bytes(value))
-    digest.update(_bytes(split.images.permute(0, 2, 3, 1)))
-    digest.update(_bytes(split.labels))
-    return digest.hexdigest()[:12]
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().contiguous().view(-1).numpy().data.cast("B")
+def recommend(keep_ratios: Sequence[float], accuracies_pct: Sequence[float], threshold_pct: float) -> float:
+    """Return the smallest fraction kept whose accuracy is at or above the threshold, else 1.0."""
+    passing = [
+        keep_ratio
+        for keep_ratio, accuracy_pct in zip(keep_ratios, accuracies_pct, strict=True)
+        if accuracy_pct >= threshold_pct
+    ]
+    return min(passing, default=1.0)
 
 
 class ScanningLog:
@@ -130,7 +123,7 @@ class ScanningLog:
                 "give another --o, or --force to replace it"
             )
 
-    def append(self, evaluation: Evaluation) -> Measurement:
+    def append(self, evaluation: "Evaluation") -> Measurement:
         """Write the result of the next point of the plan.
 
         Raises:
