@@ -40,6 +40,10 @@ QUANTIZE = re.compile(r"torch\.quantize_per_tensor\(x, ([\d.e+-]+), (\d+), 13\)"
 INT8_OPERATION = re.compile(r"ops\.quantized\.(\w+)\(.*?(?:CONSTANTS\.c(\d+)|\w+), ([\d.e+-]+), (\d+)\)")
 FLOAT_OPERATION = re.compile(r"torch\.(?:_convolution|linear)\(\w+, CONSTANTS\.c(\d+), CONSTANTS\.c(\d+)")
 """How torch prints the operations of a frozen graph."""
+FLOAT_CALLS = {"_convolution", "hardtanh", "hardtanh_", "add", "add_", "linear"}
+INT8_CALLS = {"quantize_per_tensor", "quantized.conv2d", "quantized.add", "quantized.linear", "dequantize"}
+KNOWN_CALLS = FLOAT_CALLS | INT8_CALLS | {"adaptive_avg_pool2d", "flatten"}
+"""What the code may call: a file that computes anything else is not what its tensors say."""
 
 
 def read_torchscript(path: str | os.PathLike) -> tuple[Int8Model | MobileNetV2, Metadata]:
@@ -110,7 +114,11 @@ def _read_code(archive: zipfile.ZipFile) -> str:
     names = [name for name in archive.namelist() if re.search(r"/code/__torch__/models/.*\.py$", name)]
     if len(names) != 1:
         raise ValueError(f"it has {len(names)} models")
-    return _read_text(archive, names[0]).decode()
+    code = _read_text(archive, names[0]).decode()
+    unknown = set(re.findall(r"\b(?:torch|ops)\.([\w.]+)\(", code)) - KNOWN_CALLS
+    if unknown:
+        raise ValueError(f"it calls {', '.join(sorted(unknown))}")
+    return code
 
 
 def _int8_model(metadata: Metadata, code: str, constants: list[Any]) -> Int8Model:
