@@ -36,7 +36,9 @@ def add_quantization_arguments(parser: ArgumentParser) -> None:
     """--weights, --backend, --weight_bits, batches of calibration and evaluation, those of the timing."""
     group = parser.add_argument_group("quantization")
     group.add_argument(
-        "--weights", default="qmodel.pth", help="qmodel, as scripts/to_qmodel_weights.py writes it"
+        "--weights",
+        default="qmodel.pth",
+        help="float weights (dense or pruned) or a qmodel; .pth or packed",
     )
     group.add_argument(
         "--backend",

@@ -202,6 +202,7 @@ class _Graph:
         layer = operation.layer
         if isinstance(layer, nn.Linear):
             return self.node("Gemm", inputs, transB=1)
+        assert isinstance(layer, nn.Conv2d)
         return self.node(
             "Conv",
             inputs,
@@ -234,7 +235,7 @@ def _float_graph(model: MobileNetV2) -> _Graph:
 
 
 def _int8_graph(model: Int8Model) -> _Graph:
-    graph, values = _Graph(), {}
+    graph, values = _Graph(), dict[str, str]()
 
     def ends(name: str) -> list[str]:
         qparams = model.qparams(name)
@@ -250,7 +251,7 @@ def _int8_graph(model: Int8Model) -> _Graph:
         # One for each reader, which is how runtimes recognize an int8 operation.
         return graph.node("DequantizeLinear", [values[name], *ends(name)])
 
-    def parameter(name: str, values: np.ndarray, scale: np.ndarray) -> str:
+    def parameter(name: str, values: np.ndarray, scale: Any) -> str:
         """Add a quantized weight or bias; the name of what comes out of its DequantizeLinear."""
         inputs = [
             graph.array(name, values),

@@ -77,8 +77,7 @@ def float_forms(
         image_size: side in pixels.
     """
     with quietly():
-        is_scripted = isinstance(model, torch.jit.ScriptModule)
-        frozen = model if is_scripted else to_torchscript(model, image_size)
+        frozen = model if isinstance(model, torch.jit.ScriptModule) else to_torchscript(model, image_size)
         return {
             "frozen TorchScript": frozen,
             "TorchScript optimized for inference (oneDNN)": torch.jit.optimize_for_inference(frozen),

@@ -24,7 +24,7 @@ from utils.checkpoints.weights import is_torchscript
 from utils.common.errors import UserError, one_line
 from utils.common.files import check_input
 from utils.deployment.torchscript import METADATA_FILE
-from utils.quantization.int8_model import Int8Model, QParams, activation_names, operations_of
+from utils.quantization.int8_model import Int8Model, QParams, activation_names, layer_shapes
 
 LARGEST_TEXT = 2**20
 """Bytes of metadata, code or pickle."""
@@ -123,8 +123,8 @@ def _read_code(archive: zipfile.ZipFile) -> str:
 
 def _int8_model(metadata: Metadata, code: str, constants: list[Any]) -> Int8Model:
     names = activation_names(metadata.architecture)
-    shapes = _shapes(metadata)
-    found = [(None, scale, zero_point) for scale, zero_point in QUANTIZE.findall(code)]
+    shapes = layer_shapes(metadata.architecture)
+    found = [("", scale, zero_point) for scale, zero_point in QUANTIZE.findall(code)]
     found += [(index, scale, zero_point) for _, index, scale, zero_point in INT8_OPERATION.findall(code)]
     weights, scales, biases, activations = {}, {}, {}, {}
     for name, (index, scale, zero_point) in zip(names, found, strict=True):
@@ -148,8 +148,8 @@ def _int8_model(metadata: Metadata, code: str, constants: list[Any]) -> Int8Mode
 def _float_model(metadata: Metadata, code: str, constants: list[Any]) -> MobileNetV2:
     with torch.device("meta"):
         model = fold_batch_norms(MobileNetV2(**metadata.architecture))
-    state = {}
-    layers = list(_shapes(metadata))
+    state: dict[str, Tensor] = {}
+    layers = layer_shapes(metadata.architecture)
     for name, (weight, bias) in zip(layers, FLOAT_OPERATION.findall(code), strict=True):
         state |= {f"{name}.weight": constants[int(weight)], f"{name}.bias": constants[int(bias)]}
     if any(tensor.dtype != torch.float32 for tensor in state.values()):
@@ -157,11 +157,6 @@ def _float_model(metadata: Metadata, code: str, constants: list[Any]) -> MobileN
     # Copies, since equal tensors stand in the file once.
     model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     return model.eval()
-
-
-def _shapes(metadata: Metadata) -> dict[str, torch.Size]:
-    operations = operations_of(metadata.architecture)
-    return {op.name: op.layer.weight.shape for op in operations if op.layer is not None}
 
 
 class _Quantized:
@@ -196,7 +191,7 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file)
         self.archive, self.folder = archive, folder
         self.unread = {name for name in archive.namelist() if name.startswith(f"{folder}/constants/")}
-        self.known = {
+        self.known: dict[tuple[str, str], Any] = {
             ("torch._utils", "_rebuild_tensor_v2"): self.rebuild_tensor,
             ("torch._utils", "_rebuild_qtensor"): self.rebuild_quantized,
             ("torch.jit._pickle", "build_tensorlist"): lambda tensors: tensors,
@@ -225,7 +220,7 @@ class _Unpickler(pickle.Unpickler):
         """Return a contiguous tensor that takes each value of its storage once."""
         dtype, name = storage
         self.unread.remove(name)
-        values = np.frombuffer(bytearray(self.archive.read(name)), dtype)
+        values: np.ndarray = np.frombuffer(bytearray(self.archive.read(name)), dtype)
         expected = 1
         for step, n in sorted(zip(stride, size, strict=True)):
             if n != 1 and step != expected:

@@ -23,7 +23,7 @@ the file, and bound what is decompressed.
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,7 +152,7 @@ class PackedFile:
         """Return the error to raise for a header that does not fit the model."""
         return UserError(f"{self.path} does not fit MobileNetV2 ({one_line(error)[:200]}): pack it anew")
 
-    def read(self, slots: Sequence[Slot], types: dict[str, Sequence[str]]) -> dict[str, np.ndarray]:
+    def read(self, slots: Sequence[Slot], types: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
         """Return the tensors by name.
 
         Args:
@@ -190,7 +190,7 @@ class PackedFile:
         return tensors
 
     def _dtypes(
-        self, by_stream: dict[str, list[Slot]], types: dict[str, Sequence[str]]
+        self, by_stream: dict[str, list[Slot]], types: Mapping[str, Sequence[str]]
     ) -> dict[str, np.dtype]:
         """Return the type of each stream, after checking that the file can hold tensors of that size."""
         found = self.header.get("types")

@@ -22,7 +22,7 @@ from torch import Tensor
 from utils.checkpoints.metadata import Metadata
 from utils.common.errors import UserError
 from utils.packing.format import ARCHITECTURE_ERRORS, PackedFile, Slot, encode, is_packed
-from utils.quantization.int8_model import Int8Model, QParams, activation_names, operations_of
+from utils.quantization.int8_model import Int8Model, QParams, activation_names, layer_shapes
 from utils.quantization.observers import scale_from_index, scale_index
 
 OUTPUT_SCALES = "output_scales"
@@ -38,8 +38,7 @@ FIRST_INDEX = -128
 
 def int8_slots(architecture: dict[str, Any], per_channel: bool) -> list[Slot]:
     """List the places for the tensors of an int8 model."""
-    operations = [operation for operation in operations_of(architecture) if operation.layer is not None]
-    layers = {operation.name: tuple(operation.layer.weight.shape) for operation in operations}
+    layers = layer_shapes(architecture)
     return [
         *(Slot(f"{name}.weight", name, "values", shape) for name, shape in layers.items()),
         *(
@@ -62,8 +61,8 @@ def encode_int8(model: Int8Model, metadata: Metadata) -> bytes:
         ("weight_scale", model.scales, indices),
         ("bias", model.biases, multiples),
     ):
-        are_integers = all(value is not None for value in integers.values())
-        for name, value in (integers if are_integers else values).items():
+        found = {name: value for name, value in integers.items() if value is not None}
+        for name, value in (found if len(found) == len(values) else values).items():
             arrays[f"{name}.{kind}"] = value.numpy()
     header = {
         "dtype": "int8",

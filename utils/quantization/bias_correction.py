@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ def _correct(
     slopes: dict[str, Tensor],
     step: float,
     name: str,
-    layer: nn.Module,
+    layer: Any,
     inputs: tuple[Tensor],
     output: Tensor,
 ) -> Tensor:
@@ -57,7 +58,7 @@ def _correct(
 
 def _watched(reference: nn.Module) -> dict[str, nn.Module]:
     """Return the module whose output each int8 layer imitates: the ReLU6 after it, or itself, by layer."""
-    watched = {
+    watched: dict[str, nn.Module] = {
         name: layer for name, layer in reference.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)
     }
     for name, module in reference.named_modules():

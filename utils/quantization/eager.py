@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.ao import quantization as eager
 from torch.ao.nn import quantized as int8
 from torch.ao.nn.intrinsic import qat as fused
 
-from models import MobileNetV2Quantization
+from models import MobileNetV2, MobileNetV2Quantization
 from models.folding import INPUT, fold_batch_norms, without_constant_channels
 from utils.common import distributed
 from utils.common.devices import device_of, on_device
@@ -67,7 +68,7 @@ def calibrate(model: MobileNetV2Quantization, batches: Iterable[tuple[Tensor, Te
         model: not fused; stays as it is.
         batches: of training images, as the model sees them when it is used; at least one.
     """
-    observed = fold_batch_norms(without_constant_channels(model))
+    observed: Any = fold_batch_norms(without_constant_channels(model))
     with quietly():
         _set_observers(observed, ActivationObserver, lambda: WeightObserver(per_channel=True))
         # Where two logits are clipped, their order is lost.
@@ -108,28 +109,28 @@ def prepare_qat(
             before, and a step takes half the time (static folding: Nagel et al., 2021, section 5.2.1,
             https://arxiv.org/abs/2106.08295).
     """
+    trained: MobileNetV2
     if has_batch_norms:
-        model = copy.deepcopy(model).train()
-        model.fuse_for_qat()
+        trained = fused_model = copy.deepcopy(model).train()
+        fused_model.fuse_for_qat()
     else:
-        model = fold_batch_norms(without_constant_channels(model)).train()
         # torch freezes the biases that folding makes.
-        model.requires_grad_(True)
+        trained = fold_batch_norms(without_constant_channels(model)).train().requires_grad_(True)
     with quietly():
         _set_observers(
-            model,
+            trained,
             ActivationFakeQuantize.with_args(
                 observer=eager.MovingAverageMinMaxObserver, quant_min=0, quant_max=255
             ),
             eager.FakeQuantize.with_args(observer=WeightObserver, per_channel=True),
         )
-        eager.prepare_qat(model, inplace=True)
-    for layer, bits in layer_bits(model, weight_bits).items():
+        eager.prepare_qat(trained, inplace=True)
+    for layer, bits in layer_bits(trained, weight_bits).items():
         layer.weight_fake_quant = eager.FakeQuantize(WeightObserver, per_channel=True, bits=bits)
-    return model
+    return trained
 
 
-def layer_bits(model: nn.Module, weight_bits: int) -> dict[nn.Module, int]:
+def layer_bits(model: nn.Module, weight_bits: int) -> dict[Any, int]:
     """Return the bits of the weights of each convolution and linear layer.
 
     The first layer and the depthwise convolutions keep 8: they are 3 % of the weights. Quantized after
@@ -182,12 +183,13 @@ def to_module(model: Int8Model) -> nn.Module:
     Their weights are packed for the current engine.
     """
     with torch.device("meta"):
-        module = MobileNetV2Quantization(**model.architecture)
+        module: Any = MobileNetV2Quantization(**model.architecture)
     with quietly():
         for name in activation_names(model.architecture):
             qparams = model.activations[name]
             path = "quant" if name == INPUT else name
             layer = module.get_submodule(path)
+            replacement: Any
             if name == INPUT:
                 replacement = int8.Quantize(qparams.scale, qparams.zero_point, torch.quint8)
             elif isinstance(layer, nn.Linear):
@@ -202,8 +204,8 @@ def to_module(model: Int8Model) -> nn.Module:
                 replacement.set_weight_bias(_quantized_weight(model, name), model.biases[name])
             if name != INPUT:
                 replacement.scale, replacement.zero_point = qparams.scale, qparams.zero_point
-            parent, _, child = path.rpartition(".")
-            setattr(module.get_submodule(parent), child, replacement)
+            folder, _, child = path.rpartition(".")
+            setattr(module.get_submodule(folder), child, replacement)
         for parent in list(module.modules()):
             for child, layer in list(parent.named_children()):
                 if isinstance(layer, nn.BatchNorm2d | nn.ReLU6):
@@ -220,7 +222,7 @@ def _quantized_weight(model: Int8Model, name: str) -> Tensor:
     return torch._make_per_channel_quantized_tensor(values, scale, zero_points, 0)
 
 
-def from_module(module: nn.Module) -> Int8Model:
+def from_module(module: Any) -> Int8Model:
     """Return the tensors of torch's int8 modules, the reverse of `to_module`."""
     weights, scales, biases, activations = {}, {}, {}, {}
     for name in activation_names(module.architecture):
@@ -255,7 +257,7 @@ class WeightObserver(eager.ObserverBase):
         self.scale = choose_weight_scale(weight.detach(), self.per_channel, self.bits)
         return weight
 
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         """Return scales (out_channels,) or (1,), and as many zero points, all 0."""
         return self.scale, torch.zeros_like(self.scale, dtype=torch.int)
 
@@ -282,7 +284,7 @@ class ActivationFakeQuantize(eager.FusedMovingAvgObsFakeQuantize):
 class ActivationObserver(eager.HistogramObserver):
     """torch's form of `choose_activation_qparams`."""
 
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         """Return scale and zero point, each of shape (1,)."""
         if self.min_val > self.max_val:
             # Nothing was seen: the addition of a block that has no shortcut.
@@ -290,7 +292,7 @@ class ActivationObserver(eager.HistogramObserver):
         return choose_activation_qparams(self.histogram, self.min_val, self.max_val)
 
 
-def _set_observers(model: nn.Module, activation, weight) -> None:
+def _set_observers(model: Any, activation: Any, weight: Any) -> None:
     """Say what observes the activations and the weights; before a ReLU6 nothing does."""
     model.qconfig = eager.QConfig(activation, weight)
     for sequence in _ending_in_relu6(model):
@@ -307,7 +309,8 @@ def _convert(model: nn.Module) -> Int8Model:
         return from_module(model).with_rounded_biases()
 
 
-def _ending_in_relu6(model: nn.Module) -> Iterator[nn.Sequential]:
+def _ending_in_relu6(model: nn.Module) -> Iterator[Any]:
+    """Yield the sequences whose last module is a ReLU6."""
     for module in model.modules():
         if isinstance(module, nn.Sequential) and isinstance(module[-1], nn.ReLU6):
             yield module

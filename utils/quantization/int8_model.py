@@ -107,6 +107,12 @@ def activation_names(architecture: dict[str, Any]) -> list[str]:
     return [INPUT, *(op.name for op in operations_of(architecture) if op.kind != "pool")]
 
 
+def layer_shapes(architecture: dict[str, Any]) -> dict[str, torch.Size]:
+    """Return the shape of the weight of each layer, in forward order."""
+    operations = operations_of(architecture)
+    return {op.name: op.layer.weight.shape for op in operations if op.layer is not None}
+
+
 @lru_cache(maxsize=8)
 def _operations(architecture: tuple[tuple[str, Any], ...]) -> list[Operation]:
     with torch.device("meta"):
