@@ -3,7 +3,7 @@
 import os
 from dataclasses import replace
 
-from models import MobileNetV2Quantization
+from models import MobileNetV2, MobileNetV2Quantization
 from utils.checkpoints.weights import MOBILENETV2_KINDS, Weights, read_pickle, weights_from_content
 from utils.common.files import check_input
 from utils.packing.float_weights import read_weights
@@ -38,4 +38,5 @@ def open_qmodel(path: str | os.PathLike) -> Weights:
     weights = open_weights(path, MOBILENETV2_KINDS)
     if weights.kind == "qmodel":
         return weights
+    assert isinstance(weights.model, MobileNetV2)
     return replace(weights, model=MobileNetV2Quantization.from_float(weights.model), kind="qmodel")

@@ -11,9 +11,8 @@ import zipfile
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models import MobileNetV2
 from utils.checkpoints.metadata import Metadata
 from utils.common.files import atomic_write
 from utils.quantization.eager import quietly, to_module
@@ -22,7 +21,7 @@ from utils.quantization.int8_model import Int8Model
 METADATA_FILE = "metadata.json"
 
 
-def to_torchscript(model: MobileNetV2 | Int8Model, image_size: int) -> torch.jit.ScriptModule:
+def to_torchscript(model: nn.Module | Int8Model, image_size: int) -> torch.jit.ScriptModule:
     """Return a frozen TorchScript form of a model, with the same outputs at any batch size.
 
     It has not run yet. That matters with the engines x86 and onednn: each convolution keeps the kernel
@@ -67,13 +66,11 @@ def save_torchscript(path: str | os.PathLike, scripted: torch.jit.ScriptModule, 
         temporary.write_bytes(pack_torchscript(scripted, metadata))
 
 
-def float_forms(
-    model: MobileNetV2 | torch.jit.ScriptModule, image_size: int
-) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return the ways to run a float model in TorchScript, by name; which one is faster depends.
+def float_forms(model: nn.Module, image_size: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return the ways to run a float model in TorchScript, by name; the fastest depends on the CPU.
 
     Args:
-        model: in eval mode; batch norms are folded here.
+        model: in eval mode, plain or already TorchScript; freezing folds its batch norms.
         image_size: side in pixels.
     """
     with quietly():

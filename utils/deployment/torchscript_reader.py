@@ -240,8 +240,8 @@ class _Unpickler(pickle.Unpickler):
         *_: Any,
     ) -> _Quantized:
         values = self.rebuild_tensor(storage, offset, size, stride)
-        kind, scale, zero_point, *_ = qscheme
-        if kind == "per_tensor_affine":
+        scale, zero_point = qscheme[1:3]
+        if qscheme[0] == "per_tensor_affine":
             scale, zero_point = torch.tensor([scale], dtype=torch.float64), torch.tensor([zero_point])
         if zero_point.any():
             raise ValueError("a weight is not symmetric")
