@@ -1,8 +1,8 @@
-"""Reads TorchScript files of this project as data: nothing in them is run.
+"""Reads TorchScript files of this project as data, without running anything in them.
 
-`torch.jit.load` runs whatever code a file holds. Here the weights come through an unpickler that knows
-tensors and nothing else, and the numbers of the graph from its text; the model is then rebuilt from these
-tensors (utils/open_model.py).
+`torch.jit.load` would run the code in a file. Here an unpickler that knows only tensors reads the weights,
+and regular expressions read the qparams from the text of the graph; utils/open_model.py rebuilds the model
+from them.
 """
 
 import math
@@ -69,7 +69,7 @@ def read_torchscript(path: str | os.PathLike) -> tuple[Int8Model | MobileNetV2, 
     except UserError:
         raise
     except Exception as error:
-        # A damaged part raises whatever its reader stumbles over.
+        # Depending on what is damaged, almost anything can be raised.
         raise UserError(
             f"{path} is damaged or not of this project ({one_line(error)[:120]}): write or fetch it again"
         ) from error
@@ -95,7 +95,7 @@ def _read_metadata(path: Path, archive: zipfile.ZipFile) -> Metadata:
 
 
 def _check_members(archive: zipfile.ZipFile) -> None:
-    """Make sure that nothing is larger than the file, which stores its members as they are."""
+    """Make sure that no member is compressed, so that none is larger than the file."""
     members = archive.infolist()
     if len(members) > LARGEST_NUMBER_OF_MEMBERS:
         raise ValueError(f"it has {len(members)} parts")
@@ -154,7 +154,7 @@ def _float_model(metadata: Metadata, code: str, constants: list[Any]) -> MobileN
         state |= {f"{name}.weight": constants[int(weight)], f"{name}.bias": constants[int(bias)]}
     if any(tensor.dtype != torch.float32 for tensor in state.values()):
         raise ValueError("a weight is not float32")
-    # Copies, since equal tensors stand in the file once.
+    # Cloned, since the file stores equal tensors once.
     model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     return model.eval()
 
