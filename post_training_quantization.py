@@ -1,7 +1,7 @@
-"""Quantize a qmodel to int8 without training: per tensor and per channel, beside the float model.
+"""Quantize a model to int8 without training, per tensor and per channel, and compare with float.
 
-Ranges of activations and corrections of biases are taken from training images; the test images are
-only reported on. Three TorchScript files are written, which run without this repository.
+Activation ranges and bias corrections come from training images; test images are only reported on.
+Writes three TorchScript files, which run without this repository.
 """
 
 import argparse
@@ -20,24 +20,20 @@ from utils.deployment.comparison import (
     deploy,
     format_comparison,
 )
-from utils.open_weights import open_weights
+from utils.open_weights import open_qmodel
 from utils.quantization.bias_correction import correct_biases
-from utils.quantization.eager import (
-    calibrate,
-    post_training_quantize,
-    use_engine,
-)
+from utils.quantization.eager import calibrate, post_training_quantize, use_engine
 
 VARIANTS = ("float", "ptq_per_tensor", "ptq_per_channel")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.ArgumentParser(__doc__)
-    parser.add_argument("--output_dir", default="scripted_weights", help="folder of the TorchScript files")
+    parser.add_argument("--output_dir", default="scripted_weights", help="folder for the TorchScript files")
     cli.add_force_argument(parser)
     add_quantization_arguments(parser)
-    parser.add_argument("--batch_size", type=cli.positive_int, default=32, help="images a batch")
+    parser.add_argument("--batch_size", type=cli.positive_int, default=32, help="images per batch")
     cli.add_data_arguments(parser)
     cli.add_runtime_arguments(parser)
     cli.add_record_argument(parser)
@@ -53,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
         for variant in VARIANTS
     }
     runtime.check_record(args)
-    weights = open_weights(args.weights, "qmodel")
+    weights = open_qmodel(args.weights)
     data = load_data(args, weights.image_size)
     weights = complete(args.weights, weights, data)
 

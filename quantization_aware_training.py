@@ -1,4 +1,4 @@
-"""Train a qmodel with fake quantization, per channel, and write the int8 model of the best epoch.
+"""Fine-tune a model with per-channel fake quantization and write the int8 model of the best epoch.
 
 After each epoch the int8 model itself, not its float imitation, is evaluated on val. Weights that are
 zero at the start (a pruned model's) are zero at the end.
@@ -23,7 +23,7 @@ from utils.deployment.comparison import (
     format_comparison,
 )
 from utils.open_model import open_teacher
-from utils.open_weights import open_weights
+from utils.open_weights import open_qmodel
 from utils.pruning.pruner import FineGrainedPruner
 from utils.quantization.eager import (
     calibrate_qat,
@@ -128,7 +128,7 @@ def main(args: argparse.Namespace) -> None:
     """Train, convert, evaluate, write, time."""
     device = start_training(args, DEVICES)
     use_engine(args.backend)
-    weights = open_weights(args.weights, "qmodel")
+    weights = open_qmodel(args.weights)
     data = load_data(args, weights.image_size)
     weights = complete(args.weights, weights, data)
     weights.model.to(memory_format=torch.channels_last)

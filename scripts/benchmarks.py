@@ -1,7 +1,7 @@
-"""Time the inference of files of any kind, side by side: in each round every file runs once.
+"""Benchmark the inference of model files of any kind, interleaved: every file runs once per round.
 
-Weights (.pth) are measured as people would deploy them: batch norms folded into the convolutions,
-as a frozen TorchScript module, in whichever of its forms is the fastest in these rounds.
+Weights (.pth) are timed the way they would be deployed: frozen TorchScript with the batch norms folded
+into the convolutions, in whichever form is fastest in these rounds.
 """
 
 import argparse
@@ -31,14 +31,14 @@ COLUMNS = (
     ("median_latency_ms", "median ms", 3),
     ("p90_latency_ms", "p90 ms", 3),
     ("p99_latency_ms", "p99 ms", 3),
-    ("median_latency_ms_per_image", "ms an image", 4),
+    ("median_latency_ms_per_image", "ms/image", 4),
     ("images_per_s", "images/s", 1),
     ("speedup", "speed-up", 2),
 )
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument(
         "--model_file",
@@ -48,8 +48,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="files of any kind that this project writes; the others are compared with the first",
     )
     add_output_stride_argument(parser)
-    parser.add_argument("--batch_size", type=cli.positive_int, default=1, help="images a call")
-    parser.add_argument("--rounds", type=cli.positive_int, default=200, help="times taken of each file")
+    parser.add_argument("--batch_size", type=cli.positive_int, default=1, help="images per batch")
+    parser.add_argument("--rounds", type=cli.positive_int, default=200, help="timed calls of each file")
     parser.add_argument(
         "--warm_up", type=cli.positive_int, default=10, help="untimed calls of each file before the rounds"
     )
@@ -61,7 +61,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def open_files(args: argparse.Namespace) -> dict[str, ModelFile]:
-    """The files by the names they were given.
+    """Open the files, by the names they were given.
 
     Raises:
         UserError: one of them cannot be opened, or they take images of different sizes.
@@ -79,14 +79,14 @@ def open_files(args: argparse.Namespace) -> dict[str, ModelFile]:
 
 
 def forms_of(file: ModelFile) -> dict[str, Callable[[Tensor], Tensor]]:
-    """The ways to run the file's model that are timed; the fastest one is shown."""
+    """Return the forms of the model to time; only the fastest is shown."""
     if file.metadata.engine:
         return {f"TorchScript, engine {file.metadata.engine}": file.model}
     return float_forms(file.model, file.metadata.image_size)
 
 
 def rows_of(files: dict[str, ModelFile], measured: dict[str, Latency]) -> list[dict[str, Any]]:
-    """A row a file, unit in each name; `speedup` is how many times as fast as the first file."""
+    """Return one row per file, with the unit in each name; `speedup` is relative to the first file."""
     first = next(iter(measured.values()))
     rows = []
     for name, latency in measured.items():
@@ -105,7 +105,7 @@ def rows_of(files: dict[str, ModelFile], measured: dict[str, Latency]) -> list[d
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
-    """The table as it is printed."""
+    """Lay out the table to print."""
     return format_table(
         ["file", "variant", *(header for _, header, _ in COLUMNS)],
         [
@@ -141,7 +141,7 @@ def main(args: argparse.Namespace) -> None:
     )
     print(format_rows(rows))
     if args.csv:
-        write_csv(args.csv, list(rows[0]), [row.values() for row in rows])
+        write_csv(args.csv, list(rows[0]), [list(row.values()) for row in rows])
     if args.record:
         runtime.write_record(args.record, args, {"batch_size": args.batch_size, "files": rows})
 

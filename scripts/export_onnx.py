@@ -1,8 +1,8 @@
-"""Write a model of any kind as ONNX, checked against our own outputs on test images.
+"""Export a model of any kind to ONNX and check its logits on test images.
 
-Float and pruned weights become a float model, int8 TorchScript files a quantized one (QDQ): with
-exactly our int8 weights, scales and zero points, so that ONNX Runtime or OpenVINO run what was
-evaluated here. If the logits differ, nothing is written.
+Float and pruned weights become a float model, int8 files a quantized one (QDQ) with exactly the same int8
+weights, scales and zero points, so that ONNX Runtime or OpenVINO run what was evaluated here. If the
+logits differ, nothing is written.
 """
 
 import argparse
@@ -36,7 +36,7 @@ CHECK_BATCH_SIZE = 100
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--weights", required=True, help="file of any kind that this project writes")
     parser.add_argument("--o", required=True, metavar="FILE", help="ONNX file to write")
@@ -45,13 +45,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch_size",
         type=cli.positive_int,
-        help="images a call, fixed in the file (default: open, any number of images)",
+        help="fixed number of images per batch (default: any)",
     )
     parser.add_argument(
         "--num_check_images",
         type=cli.positive_int,
         default=256,
-        help="test images that outputs are compared on",
+        help="number of test images to compare the logits on",
     )
     cli.add_data_arguments(parser)
     cli.add_runtime_arguments(parser)
@@ -59,14 +59,14 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_batches(file: ModelFile, data: ImageData, args: argparse.Namespace) -> Batches:
-    """At least --num_check_images test images, or all; whole batches if the size is fixed.
+    """Return --num_check_images test images, or all; whole batches if --batch_size is fixed.
 
     Raises:
         UserError: the test split is smaller than one batch.
     """
     split = data.split("test")
     if args.batch_size is None:
-        # Batches of two sizes, as long as the number is no multiple.
+        # The last batch is usually smaller, which checks that the batch size is free.
         split = split.subset(torch.arange(min(args.num_check_images, len(split))))
         return Batches(split, file.fit(data), CHECK_BATCH_SIZE)
     if args.batch_size > len(split):
@@ -79,7 +79,7 @@ def check_batches(file: ModelFile, data: ImageData, args: argparse.Namespace) ->
 
 
 def describe(difference: Difference, step: float | None) -> str:
-    """One line."""
+    """Return the result of the check as one line."""
     largest = f"{difference.largest:.2g}"
     if step:
         largest += f" ({difference.largest / step:.0f} steps of int8)"
@@ -90,7 +90,7 @@ def describe(difference: Difference, step: float | None) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Translate, check, write."""
+    """Convert, check, write."""
     runtime.set_up(args.seed, args.threads)
     import_optional("onnx", "onnxruntime")
     check_output(args.o, force=args.force)

@@ -1,7 +1,7 @@
-"""Pack a model into the smallest file that gives it back exactly.
+"""Pack a model into a small file from which it can be restored exactly.
 
-Takes weights (dense, pruned, qmodel) and int8 TorchScript files. Every script that takes weights takes
-the packed file in their place. float32 and int8 come back bit for bit; float16 is rounded once.
+Takes weights (dense, pruned, qmodel) and int8 TorchScript files. Every script that takes weights also
+takes packed files. float32 and int8 come back bit for bit; float16 is rounded once.
 """
 
 import argparse
@@ -25,7 +25,7 @@ CHECK_IMAGES = 8
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--weights", required=True, help="weights (.pth) or an int8 TorchScript file (.pt)")
     parser.add_argument("--o", required=True, metavar="FILE", help="packed file to write")
@@ -33,18 +33,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="float16 halves float weights, rounding them; int8 takes a file that is int8 "
-        "(default: the file's own)",
+        help="float16 rounds float weights and halves their size; int8 is for files that are int8 already "
+        "(default: the type of the file)",
     )
     return parser
 
 
 def source_of(file: ModelFile, dtype: str | None) -> tuple[Source, str]:
-    """Return what is to be packed of a file, and in which type.
+    """Return what to pack of a file, and as which type.
 
     Args:
         file: of any kind.
-        dtype: --dtype; None for the file's own.
+        dtype: --dtype; None for the type of the file.
 
     Raises:
         UserError: the file cannot be packed in this type.
@@ -72,7 +72,7 @@ def source_of(file: ModelFile, dtype: str | None) -> tuple[Source, str]:
 
 @torch.inference_mode()
 def check_logits(file: ModelFile, packed: ModelFile) -> None:
-    """Make sure that the packed model computes what it was made from, on a few random images.
+    """Make sure that the packed model gives the same logits on a few random images.
 
     Raises:
         RuntimeError: it does not.
@@ -85,7 +85,7 @@ def check_logits(file: ModelFile, packed: ModelFile) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Pack, open again, compare, and only then let the file stand."""
+    """Pack, read back and compare; the file is only kept if all is equal."""
     check_output(args.o, force=args.force)
     file = open_model(args.weights)
     source, dtype = source_of(file, args.dtype)

@@ -1,8 +1,8 @@
-"""Draw what is in a model file: density and size of each layer, weight histograms, bytes.
+"""Plot a model file: density and size of each layer, weight histograms, bytes.
 
-Takes every file that evaluate.py takes. With --before, the histograms compare the weights with
-those of another file of the same architecture, such as the model before it was pruned; if batch
-norms are folded into the weights of only one of the two, they are folded in the other as well.
+Takes every file that evaluate.py takes. With --before, the histograms compare the weights with those of
+another file of the same architecture, such as the model before pruning; if only one of the two has folded
+batch norms, they are folded in the other as well.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from utils.plots import file_bytes, has_batch_norms, layer_weights, plot_model
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--weights", required=True, help="file of any kind that this project writes")
     parser.add_argument("--before", help="file to compare the weights with, such as the dense weights")

@@ -1,6 +1,6 @@
-"""Turn float weights, dense or pruned, into a qmodel: the same weights in the model that quantizes.
+"""Convert float weights, dense or pruned, to a qmodel: the same weights in a model that can be quantized.
 
-A qmodel is still float, and answers as the weights it was made from.
+A qmodel is still float and gives the same logits. PTQ and QAT take float weights too.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from utils.open_weights import open_weights
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--weights", required=True, help="weights file, dense or pruned")
     parser.add_argument("--output", default="qmodel.pth", help="qmodel file to write")
@@ -28,7 +28,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Convert, and say what is in the file."""
+    """Convert and print a summary."""
     files.check_output(args.output, force=args.force)
     weights = open_weights(args.weights, output_stride=args.output_stride)
     qmodel = replace(weights, model=MobileNetV2Quantization.from_float(weights.model), kind="qmodel")

@@ -1,15 +1,16 @@
 import json
 from argparse import Namespace
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
 
-from models import MobileNetV2, MobileNetV2Quantization
+from models import MobileNetV2, MobileNetV2Quantization, ResNet18
 from models.statistics import prunable_layers
 from tests.conftest import TINY_CLASSES
-from utils.checkpoints.weights import save_weights
+from utils.checkpoints.weights import Weights, save_weights
 from utils.common.files import file_size_mb
 from utils.deployment.torchscript_reader import read_torchscript
 from utils.open_weights import open_weights
@@ -205,6 +206,28 @@ def test_a_qmodel_is_not_converted_again(run_script, tiny_qmodel, tmp_path):
     assert not output.exists()
 
 
+@pytest.fixture
+def float_files(tiny_qmodel, run_script, tmp_path):
+    """The weights of `tiny_qmodel` as float weights, packed, and as a bare state_dict."""
+    folder = tmp_path / "float"
+    folder.mkdir()
+    weights = open_weights(tiny_qmodel, "qmodel")
+    model = MobileNetV2(**weights.model.architecture)
+    model.load_state_dict(weights.model.state_dict())
+    save_weights(folder / "float.pth", replace(weights, model=model, kind="float"), Namespace())
+    argv = ("--weights", folder / "float.pth", "--o", folder / "packed.npz")
+    run_script("scripts/pack_weights.py", *argv)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["float.pth", "packed.npz"])
+def test_float_weights_give_the_files_of_their_qmodel(quantize, quantized, float_files, tmp_path, name):
+    folder, _, _ = quantized
+    quantize("--weights", float_files / name, "--output_dir", tmp_path / "out")
+    for variant, path in files_of(tmp_path / "out").items():
+        assert path.read_bytes() == files_of(folder)[variant].read_bytes()
+
+
 # Bad input
 
 
@@ -223,10 +246,13 @@ def test_the_engine_is_checked_before_anything_is_read(quantize, tmp_path):
     assert "'tpu' is not supported here" in message
 
 
-def test_files_that_are_no_qmodel(quantize, quantized, tiny_weights, tmp_path):
+def test_files_that_are_no_weights(quantize, quantized, tmp_path):
     folder, _, _ = quantized
     argv = ("--output_dir", tmp_path, "--weights")
-    assert "float weights (dense or pruned), a qmodel" in refused(quantize, *argv, tiny_weights)
+    resnet18 = tmp_path / "resnet18.pth"
+    save_weights(resnet18, Weights(ResNet18(3), kind="resnet18"), Namespace())
+    assert "is wanted here" in refused(quantize, *argv, resnet18)
+    resnet18.unlink()
     assert "is a TorchScript file" in refused(quantize, *argv, files_of(folder)["float"])
     assert "does not exist" in refused(quantize, *argv, tmp_path / "none.pth")
     assert not list(tmp_path.iterdir())

@@ -194,15 +194,39 @@ def test_ranges_then_batch_norms_are_held_late(tiny_qmodel, epochs, fractions, r
     assert held == {"ranges": ranges_from, "batch_norms": batch_norms_from}
 
 
+def test_float_weights_are_trained_as_their_qmodel(train, tiny_qmodel, run_script, tmp_path):
+    weights = open_weights(tiny_qmodel, "qmodel")
+    model = MobileNetV2(**weights.model.architecture)
+    model.load_state_dict(weights.model.state_dict())
+    save_weights(tmp_path / "float.pth", replace(weights, model=model, kind="float"), Namespace())
+    argv = ("--weights", tmp_path / "float.pth", "--o", tmp_path / "packed.npz")
+    run_script("scripts/pack_weights.py", *argv)
+    for name, source in {
+        "qmodel": tiny_qmodel,
+        "float": tmp_path / "float.pth",
+        "packed": tmp_path / "packed.npz",
+    }.items():
+        train(source, tmp_path / f"{name}.pt", "--epochs", 1, "--num_train_batches", 2)
+    written = [(tmp_path / f"{name}.pt").read_bytes() for name in ("qmodel", "float", "packed")]
+    assert written[0] == written[1] == written[2]
+
+
 # Bad input
 
 
 def test_bad_input_is_found_before_the_work_starts(train, trained, tiny_qmodel, tiny_weights, tmp_path):
     output, _, _ = trained
-    new = tmp_path / "qat.pt"
+    new, data = tmp_path / "qat.pt", tmp_path.parent / "other"
     for (weights, file, *argv), message in {
         (tiny_qmodel, new, "--backend", "tpu"): "'tpu' is not supported here: use one of",
-        (tiny_weights, new): "is float weights (dense or pruned), a qmodel",
+        (
+            tiny_weights,
+            new,
+            "--dataset",
+            "synthetic",
+            "--data_dir",
+            data,
+        ): "has 3 classes, the images",
         (output, new): "is a TorchScript file",
         (tmp_path / "none.pth", new): "does not exist",
         (tiny_qmodel, output): "give --force",

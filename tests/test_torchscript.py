@@ -1,6 +1,7 @@
 import io
 import json
 import random
+import struct
 import zipfile
 from argparse import Namespace
 from dataclasses import replace
@@ -24,7 +25,7 @@ from utils.deployment.torchscript import (
     save_torchscript,
     to_torchscript,
 )
-from utils.deployment.torchscript_reader import read_torchscript
+from utils.deployment.torchscript_reader import LARGEST_TEXT, read_torchscript
 from utils.open_model import open_model
 from utils.open_weights import open_weights
 from utils.quantization.eager import (
@@ -328,3 +329,204 @@ def test_a_full_disk_leaves_the_old_file_whole(scripted, tmp_path, monkeypatch):
         save_torchscript(path, scripted, METADATA)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+
+
+# Files are read as data
+
+
+@pytest.fixture(scope="module")
+def float_content(models) -> bytes:
+    metadata = replace(METADATA, variant="float", engine=None)
+    return pack_torchscript(to_torchscript(models["float"], 32), metadata)
+
+
+def is_code(name: str) -> bool:
+    return name.startswith("code/__torch__/models/")
+
+
+def with_part(content: bytes, name: str, replacement) -> bytes:
+    """The archive with one entry as `replacement` gives it."""
+    return repacked(content, lambda n, e: replacement(e) if n == name else e)
+
+
+def with_code(content: bytes, old: str, new: str) -> bytes:
+    """The archive with a text in the code of the model replaced."""
+
+    def change(name, entry):
+        if not is_code(name):
+            return entry
+        assert old in entry.decode()
+        return entry.decode().replace(old, new, 1).encode()
+
+    return repacked(content, change)
+
+
+def with_pickle(content: bytes, old: bytes, new: bytes) -> bytes:
+    """The archive with bytes in the pickle of the constants replaced, the first time they occur."""
+
+    def replacement(entry: bytes) -> bytes:
+        assert old in entry
+        return entry.replace(old, new, 1)
+
+    return with_part(content, "constants.pkl", replacement)
+
+
+@pytest.mark.parametrize("variant", ["float", "ptq_per_tensor", "ptq_per_channel", "qat"])
+def test_reading_takes_no_torch_jit(models, tmp_path, monkeypatch, variant):
+    """No file is loaded, and no code compiled."""
+    path, model = tmp_path / "model.pt", models[variant]
+    metadata = replace(METADATA, variant=variant, engine=None if variant == "float" else ENGINE)
+    save_torchscript(path, to_torchscript(model, 32), metadata)
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("a file was run")
+
+    for name in ("load", "_script_module", "script", "CompilationUnit"):
+        if hasattr(torch.jit, name):
+            monkeypatch.setattr(torch.jit, name, refuse)
+    monkeypatch.setattr(torch._C, "import_ir_module", refuse)
+    monkeypatch.setattr(torch._C, "import_ir_module_from_buffer", refuse)
+    found, found_metadata = read_torchscript(path)
+    assert found_metadata == metadata
+    if variant == "float":
+        expected = model.state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in found.state_dict().items())
+    else:
+        assert found.activations == model.activations
+        for name, weight in model.weights.items():
+            assert torch.equal(found.weights[name], weight)
+            assert torch.equal(found.scales[name], model.scales[name])
+            assert torch.equal(found.biases[name], model.biases[name])
+    assert open_model(path).metadata == metadata
+
+
+def test_code_that_maps_a_file_is_never_run(refused, content, tmp_path):
+    """A call of it would create the file."""
+    target = tmp_path / "target.bin"
+    harm = f"torch.from_file({str(target)!r}, True, 4)"
+    old = "    input = torch.quantize_per_tensor(x, "
+    for new in (
+        f"    evil = {harm}\n{old}",
+        f"    evil = {harm}\n{old.replace('(x,', '(evil,')}",
+        old.replace("(x,", f"({harm},"),
+    ):
+        assert "it calls from_file" in refused(with_code(content, old, new))
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("os", "system"),
+        ("posix", "system"),
+        ("builtins", "eval"),
+        ("torch", "load"),
+        ("torch._utils", "_rebuild_parameter"),
+        ("__torch__.torch.classes.quantized", "EmbeddingPackedParamsBase"),
+        ("__torch__.torch.classes.other", "Thing"),
+    ],
+)
+def test_a_pickle_that_names_anything_else_is_refused(refused, content, tmp_path, module, name):
+    target = tmp_path / "touched"
+    call = f"c{module}\n{name}\n(X".encode()
+    argument = f"touch {target}".encode()
+    pickled = b"\x80\x02" + call + struct.pack("<I", len(argument)) + argument + b"tR."
+    assert f"it holds {module}.{name}" in refused(with_part(content, "constants.pkl", lambda _: pickled))
+    assert not target.exists()
+
+
+def test_compressed_parts_are_refused(refused, content):
+    """They could be far larger than the file."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(packed, "w") as target:
+        for name in source.namelist():
+            last = name.endswith("constants/1")
+            method = zipfile.ZIP_DEFLATED if last else zipfile.ZIP_STORED
+            target.writestr(name, bytes(2**24) if last else source.read(name), method)
+    assert "constants/1 is compressed" in refused(packed.getvalue())
+
+
+@pytest.mark.parametrize("part", [f"extra/{METADATA_FILE}", "constants.pkl", "code"])
+def test_texts_that_are_too_large_are_refused(refused, content, part):
+    def change(name, entry):
+        return entry + b" " * LARGEST_TEXT if name == part or (part == "code" and is_code(name)) else entry
+
+    assert f"is larger than {LARGEST_TEXT} bytes" in refused(repacked(content, change))
+
+
+def test_an_archive_of_very_many_parts_is_refused(refused, content):
+    packed = io.BytesIO(content)
+    with zipfile.ZipFile(packed, "a") as archive:
+        for index in range(4097):
+            archive.writestr(f"archive/more/{index}", b"")
+    assert "parts" in refused(packed.getvalue())
+
+
+# The first weight of the file has the shape (8, 3, 3, 3) and is laid out as channels-last.
+SHAPE = b"(K\x08K\x03K\x03K\x03t"
+STRIDES = b"(K\x1bK\x01K\x09K\x03t"
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "message"),
+    [
+        (SHAPE, b"(K\x00K\x00K\x00K\x00t", "has strides"),
+        (SHAPE, b"(K\x1bK\x00K\x09K\x03t", "has strides"),
+        (SHAPE, b"(K\x1bK\x01K\x09K\x04t", "has strides"),
+        (SHAPE, b"(K\xd8K\x01K\x09K\x03t", "has strides"),
+        (SHAPE, b"(K\x1bK\x01K\x09t", "zip()"),
+        (b"(K\x10K\x03K\x03K\x03t", STRIDES, "does not fill its storage"),
+        (b"(K\x07K\x03K\x03K\x03t", STRIDES, "does not fill its storage"),
+        (b"(K\x18K\x01K\x03K\x03t", b"(K\x09K\x01K\x03K\x01t", "another shape"),
+    ],
+)
+def test_tensors_that_repeat_or_exceed_their_storage(refused, content, shape, strides, message):
+    assert message in refused(with_pickle(content, SHAPE + STRIDES, shape + strides))
+
+
+def test_a_storage_is_read_for_one_tensor(refused, content):
+    def replacement(entry):
+        # The second quantized weight takes the storage of the first.
+        first, second = (f"X{chr(1)}\0\0\0{key}".encode() for key in ("1", "5"))
+        assert entry.count(second) == 1
+        return entry.replace(second, first)
+
+    assert "constants/1" in refused(with_part(content, "constants.pkl", replacement))
+
+
+@pytest.mark.parametrize("scale", [-0.01, 0.0, float("nan"), float("inf"), 1e300, 0.1])
+def test_scales_that_are_no_positive_float32(refused, content, scale):
+    """constants/2 holds the scales of the first weight; 0.1 is no float32."""
+
+    def replacement(entry):
+        return struct.pack("<d", scale) + entry[8:]
+
+    message = refused(with_part(content, "constants/2", replacement))
+    assert "a scale is not a positive float32" in message
+
+
+@pytest.mark.parametrize("scale", ["-0.01", "0.", "nan", "inf", "1e999"])
+def test_activations_whose_scale_is_invalid(refused, content, models, scale):
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        (name,) = [name for name in archive.namelist() if is_code(name.partition("/")[2])]
+        code = archive.read(name).decode()
+    for marker in ("quantize_per_tensor(x, ", "CONSTANTS.c3, "):
+        start = code.index(marker) + len(marker)
+        old = code[start : code.index(",", start)]
+        assert "damaged or not of this project" in refused(with_code(content, marker + old, marker + scale))
+
+
+def test_zero_points_that_int8_has_not(refused, content):
+    def replacement(entry):
+        return struct.pack("<q", 1) + entry[8:]
+
+    assert "a weight is not symmetric" in refused(with_part(content, "constants/3", replacement))
+    assert "damaged or not of this project" in refused(with_code(content, ", 0)", ", 256)"))
+
+
+def test_a_float_file_of_another_type_or_shape(refused, float_content):
+    for other in ("IntStorage", "HalfStorage", "UntypedStorage"):
+        changed = with_pickle(float_content, b"ctorch\nFloatStorage", b"ctorch\n" + other.encode())
+        assert f"it holds torch.{other}" in refused(changed)
+    other = dict(METADATA.architecture, width_mult=0.2)
+    assert "damaged or not of this project" in refused(with_metadata(float_content, architecture=other))

@@ -1,8 +1,10 @@
 """Opens a file of any kind that holds float weights."""
 
 import os
+from dataclasses import replace
 
-from utils.checkpoints.weights import Weights, read_pickle, weights_from_content
+from models import MobileNetV2, MobileNetV2Quantization
+from utils.checkpoints.weights import MOBILENETV2_KINDS, Weights, read_pickle, weights_from_content
 from utils.common.files import check_input
 from utils.packing.float_weights import read_weights
 from utils.packing.format import is_packed
@@ -25,3 +27,16 @@ def open_weights(
     path = check_input(path, "weights file")
     content = read_weights(path) if is_packed(path) else read_pickle(path)
     return weights_from_content(path, content, kinds, output_stride)
+
+
+def open_qmodel(path: str | os.PathLike) -> Weights:
+    """Read weights to quantize: a qmodel, or float weights, which are converted to one.
+
+    Raises:
+        UserError: as `open_weights`.
+    """
+    weights = open_weights(path, MOBILENETV2_KINDS)
+    if weights.kind == "qmodel":
+        return weights
+    assert isinstance(weights.model, MobileNetV2)
+    return replace(weights, model=MobileNetV2Quantization.from_float(weights.model), kind="qmodel")

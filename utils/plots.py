@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from utils.packing.format import is_packed
 from utils.packing.pack import packed_sizes
 from utils.quantization.int8_model import Int8Model
 
-# Told apart by the colour-blind: Okabe & Ito's colours for layers, Tol's muted ones for bytes.
+# Safe for colour-blind readers: Okabe & Ito's colours for layers, Tol's muted ones for bytes.
 KIND_COLORS = dict(zip(LAYER_KINDS, ("#0072B2", "#E69F00", "#009E73", "#CC79A7"), strict=True))
 BYTE_COLORS = {
     "values": "#332288",
@@ -47,7 +48,7 @@ def layer_weights(file: ModelFile, fold: bool = False) -> dict[str, np.ndarray]:
     if isinstance(file.source, Int8Model):
         weights = file.source.dequantized_weights()
     elif isinstance(file.source, Weights):
-        model = file.source.model
+        model: Any = file.source.model
         weights = folded_weights(model) if fold else _weights_of(model)
     else:
         weights = _weights_of(file.source)
@@ -74,7 +75,7 @@ def file_bytes(file: ModelFile) -> pd.DataFrame:
 
 
 def _float_bytes(file: ModelFile) -> list[tuple[str, str, int]]:
-    model = file.source.model if isinstance(file.source, Weights) else file.source
+    model: Any = file.source.model if isinstance(file.source, Weights) else file.source
     layers, layer, rows = prunable_layers(model), "", []
     for name, module in model.named_modules():
         # A batch norm belongs to the layer before it.
@@ -103,16 +104,16 @@ def plot_model(
     histograms: dict[str, dict[str, np.ndarray]],
     histogram_of: str = "weight",
 ) -> None:
-    """What is in a model file, as a PNG: density and weights of each layer, its bytes, histograms.
+    """Draw a model file as a PNG: the density, weights and bytes of each layer, and histograms.
 
     Args:
         path: of the PNG.
         title: of the whole picture.
         weights: of each layer, in forward order.
         sizes: rows `layer`, `kind` and `bytes`, as `utils.packing.pack.packed_sizes` gives them.
-        histograms: by what to call them, one or two sets of weights by layer; of two, the first is
-            the grey ground that the second is compared with.
-        histogram_of: what the weights of the histograms are.
+        histograms: one or two sets of weights by layer, under their captions; if two, the first is drawn
+            in grey for comparison.
+        histogram_of: caption of the weights in the histograms.
 
     Raises:
         UserError: the file cannot be written.
@@ -123,7 +124,8 @@ def plot_model(
     kinds = {name: layer_kind(name, weight.shape) for name, weight in weights.items()}
     figure = Figure(figsize=(15, 17), layout="constrained")
     figure.suptitle(title, fontsize=14)
-    upper, lower = figure.subfigures(2, 1, height_ratios=[3, 1.15])
+    rows: Any = figure.subfigures(2, 1, height_ratios=[3, 1.15])
+    upper, lower = rows
     handles = [Patch(color=color, label=kind) for kind, color in KIND_COLORS.items()]
     upper.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
     density, count, size = upper.subplots(3, 1, sharex=True, height_ratios=[1, 1.2, 1.2])
@@ -178,7 +180,7 @@ def _plot_counts(axis, weights: dict[str, np.ndarray], kinds: dict[str, str]) ->
     axis.set_title("size: all weights of the layer (rings) and those that are not zero (dots)", fontsize=11)
 
 
-def _plot_layer_bytes(axis, sizes: pd.DataFrame, names: Sequence[str]) -> None:
+def _plot_layer_bytes(axis, sizes: pd.DataFrame, names: list[str]) -> None:
     table = sizes.pivot_table(index="layer", columns="kind", values="bytes", aggfunc="sum", fill_value=0)
     table = table.reindex(names, fill_value=0) / BYTES_PER_KB
     bottom = np.zeros(len(names))

@@ -1,4 +1,4 @@
-"""What the two quantization scripts share: flags, calibration images, and int8 beside float."""
+"""What PTQ and QAT share: flags, calibration images, and the comparison of int8 with float."""
 
 import os
 from argparse import ArgumentParser, Namespace
@@ -33,10 +33,12 @@ WARM_UP = 10
 
 
 def add_quantization_arguments(parser: ArgumentParser) -> None:
-    """--weights, --backend, --weight_bits, batches of calibration and evaluation, those of the timing."""
+    """Add --weights, --backend, --weight_bits and the flags of calibration, evaluation and timing."""
     group = parser.add_argument_group("quantization")
     group.add_argument(
-        "--weights", default="qmodel.pth", help="qmodel, as scripts/to_qmodel_weights.py writes it"
+        "--weights",
+        default="qmodel.pth",
+        help="float weights (dense or pruned) or a qmodel; .pth or packed",
     )
     group.add_argument(
         "--backend",
@@ -50,32 +52,30 @@ def add_quantization_arguments(parser: ArgumentParser) -> None:
         type=int,
         choices=WEIGHT_BITS,
         default=8,
-        help="codes of the weights: 6 are -31 to 31. They stay int8, as fast and as large, until "
-        "scripts/pack_weights.py makes fewer codes a smaller file. The first layer and the depthwise "
-        "ones, 3 %% of the weights, keep 8 bits",
+        help="bits of the quantized weights, such as 6 for -31 to 31. They are still stored and run as "
+        "int8; only scripts/pack_weights.py makes the file smaller. The first layer and the depthwise "
+        "convolutions (3 %% of the weights) keep 8 bits",
     )
     group.add_argument(
         "--num_calibration_batches",
         type=positive_int,
         default=32,
-        help="batches of training images that the ranges of the activations are taken from",
+        help="batches of training images that activation ranges are calibrated on",
     )
     group.add_argument(
         "--num_eval_batches",
         type=positive_int,
-        help="evaluate on at most so many batches (default: on all images)",
+        help="evaluate on at most this many batches (default: all images)",
     )
-    group = parser.add_argument_group("inference time")
+    group = parser.add_argument_group("latency")
+    group.add_argument("--latency_batch_size", type=positive_int, default=1, help="images per timed batch")
     group.add_argument(
-        "--latency_batch_size", type=positive_int, default=1, help="images a call whose time is taken"
-    )
-    group.add_argument(
-        "--latency_rounds", type=positive_int, default=100, help="times taken of each model, in turns"
+        "--latency_rounds", type=positive_int, default=100, help="timed calls of each model, interleaved"
     )
 
 
 def calibration_batches(data: ImageData, normalization: Normalization, args: Namespace) -> Batches:
-    """Training images as they are used, not augmented, drawn by the seed."""
+    """Return training images to calibrate on: not augmented, shuffled by the seed."""
     return Batches(
         data.train,
         normalization,
@@ -88,7 +88,7 @@ def calibration_batches(data: ImageData, normalization: Normalization, args: Nam
 
 @dataclass(frozen=True)
 class Deployment:
-    """One form of a model with its results on the test images; `size_mb` is that of its file."""
+    """A model as TorchScript, with its results on the test images; `size_mb` is the size of its file."""
 
     model: MobileNetV2 | Int8Model
     scripted: torch.jit.ScriptModule
@@ -113,7 +113,7 @@ def deploy(
     batches: Batches,
     metrics: dict[str, Any] | None = None,
 ) -> Deployment:
-    """Turn a model into TorchScript and evaluate that.
+    """Convert a model to TorchScript and evaluate the result.
 
     Args:
         variant: one of utils.checkpoints.metadata.VARIANTS.
@@ -121,16 +121,18 @@ def deploy(
         weights: what it was made from, with class names and normalization.
         engine: the current quantization engine.
         batches: of the test split.
-        metrics: kept in the file, beside the accuracy.
+        metrics: stored in the file along with the accuracy.
     """
-    is_int8 = isinstance(model, Int8Model)
-    tensors = [*model.weights.values(), *model.biases.values()] if is_int8 else [*model.parameters()]
+    if isinstance(model, Int8Model):
+        tensors = [*model.weights.values(), *model.biases.values()]
+    else:
+        tensors = list(model.parameters())
     counts = [(tensor.numel(), int(torch.count_nonzero(tensor)), tensor.itemsize) for tensor in tensors]
     scripted = to_torchscript(model, weights.image_size)
     evaluation = evaluate(scripted, batches)
     metadata = Metadata(
         variant=variant,
-        engine=engine if is_int8 else None,
+        engine=engine if isinstance(model, Int8Model) else None,
         architecture=weights.model.architecture,
         class_names=weights.class_names,
         normalization=weights.normalization,
@@ -151,17 +153,17 @@ def deploy(
 
 
 def compare(deployments: Sequence[Deployment], args: Namespace) -> list[dict[str, Any]]:
-    """Time the models in turns; a row each, compared with the first one, which is float.
+    """Time the models in interleaved rounds and return one row each, relative to the first, float one.
 
-    The float model is timed in whichever form of TorchScript is the fastest here, so that the
-    speed-up is not flattered.
+    The float model is timed in its fastest TorchScript form, so that the speed-up is not overstated.
     """
     first = deployments[0]
     side = first.metadata.image_size
     inputs = torch.randn(args.latency_batch_size, 3, side, side).to(memory_format=torch.channels_last)
-    # Made anew, since these have run on batches of another size, which some engines do not forget.
-    models = {d.metadata.variant: {"TorchScript": to_torchscript(d.model, side)} for d in deployments}
-    models[first.metadata.variant] = float_forms(first.scripted, side)
+    # New modules: those that were evaluated keep kernels for another batch size with some engines.
+    models = {first.metadata.variant: float_forms(first.scripted, side)}
+    for deployment in deployments[1:]:
+        models[deployment.metadata.variant] = {"TorchScript": to_torchscript(deployment.model, side)}
     latencies = measure_fastest_forms(models, inputs, args.latency_rounds, WARM_UP)
     _, first_latency = latencies[first.metadata.variant]
     rows = []
@@ -188,7 +190,7 @@ def compare(deployments: Sequence[Deployment], args: Namespace) -> list[dict[str
 
 
 def format_comparison(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of `compare` as they are printed, under a line that says what was timed on what."""
+    """Lay out the rows of `compare` under a line that names the conditions."""
     batch_size = rows[0]["latency_batch_size"]
     conditions = (
         f"torch {torch.__version__}, {cpu_name()}, {torch.get_num_threads()} threads, "

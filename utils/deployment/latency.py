@@ -1,4 +1,4 @@
-"""Inference times of several models, measured so that they can be compared."""
+"""Inference latency of several models, measured under the same conditions."""
 
 import gc
 import time
@@ -13,41 +13,41 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Latency:
-    """Times of one model, one a round, each for a whole batch of `batch_size` images, in ms."""
+    """Latencies of one model in ms: one per round, each for a batch of `batch_size` images."""
 
     batch_size: int
     times_ms: tuple[float, ...]
 
     @property
     def median_ms(self) -> float:
-        """Median a batch."""
+        """Median per batch."""
         return float(np.median(self.times_ms))
 
     @property
     def p90_ms(self) -> float:
-        """90th percentile a batch, interpolated linearly."""
+        """90th percentile per batch, linearly interpolated."""
         return float(np.percentile(self.times_ms, 90))
 
     @property
     def p99_ms(self) -> float:
-        """99th percentile a batch, interpolated linearly."""
+        """99th percentile per batch, linearly interpolated."""
         return float(np.percentile(self.times_ms, 99))
 
     @property
     def median_ms_per_image(self) -> float:
-        """Median divided by the batch size."""
+        """Median per image."""
         return self.median_ms / self.batch_size
 
     @property
     def images_per_s(self) -> float:
-        """Images in a second at the median."""
+        """Throughput at the median."""
         return 1000 * self.batch_size / self.median_ms
 
     def speedup_over(self, other: "Latency") -> float:
-        """How many times as fast as `other`, measured in the same rounds.
+        """Return the speed-up over `other`, measured in the same rounds.
 
-        It is the median over the rounds of the ratio of the two times, not the ratio of the two
-        medians: what slows a round down (another program, the clock) then cancels out.
+        It is the median of the per-round ratios, not the ratio of the medians: whatever slows a whole
+        round down (another program, the clock) cancels out.
         """
         return float(np.median(np.divide(other.times_ms, self.times_ms)))
 
@@ -59,17 +59,17 @@ def measure_latency(
     warm_up: int,
     before: Callable[[str], None] | None = None,
 ) -> dict[str, Latency]:
-    """Time models in rounds that interleave them, so that all meet the same conditions.
+    """Time models in interleaved rounds, so that all of them see the same conditions.
 
-    In a round each model is called twice, and the second call is timed: the first one only brings
-    its weights back into the caches, from which the other models have pushed them.
+    Each round calls every model twice and times the second call; the first brings its weights back into
+    the caches, from which the other models evicted them.
 
     Args:
         models: by name; each maps `inputs` to anything.
         inputs: a batch (N, ...).
-        rounds: times taken of each model, at least 1.
-        warm_up: calls of each model before the first round (a scripted model is compiled then).
-        before: called with a model's name, untimed, ahead of its calls; sets what it depends on.
+        rounds: timed calls of each model, at least 1.
+        warm_up: untimed calls of each model before the first round, in which TorchScript compiles.
+        before: called with a model's name before its calls, untimed, such as to select its engine.
     """
     times_ms: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode(), _no_garbage_collection():
@@ -96,14 +96,14 @@ def measure_fastest_forms(
     warm_up: int,
     before: Callable[[str], None] | None = None,
 ) -> dict[str, tuple[str, Latency]]:
-    """As `measure_latency`, for models that can run in several forms, all timed in the same rounds.
+    """Time every form of each model in the same rounds and keep the fastest.
 
     Args:
         models: by name; each by the names of its forms.
-        inputs: as for `measure_latency`, and so are the others.
+        inputs, rounds, warm_up, before: as for `measure_latency`.
 
     Returns:
-        The name of the form with the lowest median, and its times, of each model.
+        By model, the name and the latency of the form with the lowest median.
     """
     forms = [(name, form) for name, callables in models.items() for form in callables]
     measured = measure_latency(
@@ -122,7 +122,7 @@ def measure_fastest_forms(
 
 @contextmanager
 def _no_garbage_collection():
-    """A collection in the midst of a call would be counted as the model's."""
+    """Disable garbage collection, which would be timed as part of a call."""
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()

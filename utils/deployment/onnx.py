@@ -1,11 +1,11 @@
-"""ONNX files with exactly our weights: float, or int8 as QuantizeLinear and DequantizeLinear (QDQ).
+"""ONNX files with exactly our weights: float, or int8 with QuantizeLinear and DequantizeLinear (QDQ).
 
-torch's own exporter would need one more package, and rounds int8 weights to float and back.
+torch's exporter needs another package and converts int8 weights to float and back.
 
-What int8 means stays the same: an activation is quantized where ours is, with our scale and zero
-point. ReLU6 is no node; the range of the convolution before it ends at 6, and QuantizeLinear saturates
-there. A bias is int32, in steps of the scale of the input times that of the weight, which is what
-utils/quantization/int8_model.py has rounded it to.
+Activations are quantized at the same places, with the same scales and zero points. In int8, ReLU6 needs
+no node: the range of the convolution before it ends at 6, where QuantizeLinear saturates. Biases are
+int32 in steps of the input scale times the weight scale, to which utils/quantization/int8_model.py has
+rounded them.
 """
 
 import json
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
     import onnx
 
 OPSET = 13
-"""The first with a scale for each channel."""
+"""The first opset with per-channel scales."""
 IR_VERSION = 8
-"""Read by runtimes since 2021; the newest is refused by runtimes of last year."""
+"""Runtimes have read it since 2021; last year's refuse the newest version."""
 FLOAT_TOLERANCE = 1e-4
-"""Of logits that are 1; larger ones may differ by as much more."""
+"""Relative to the largest logit, absolute if that is below 1."""
 FLOAT_SAME_CLASS_PCT = 99.0
-"""Not all, since an image may lie between two classes."""
+"""Not 100, since an image may lie on the border of two classes."""
 INT8_STEPS = 8
 INT8_SAME_CLASS_PCT = 98.0
-"""Found on 2,000 images: 2 steps and all with files for fbgemm, 4 and 99.8 % with those for x86.
-Engines break ties of rounding in different ways, and one activation in a million differs."""
+"""Measured on 2,000 images: 2 steps and 100 % for fbgemm files, 4 steps and 99.8 % for x86 files. Engines
+round ties differently, which changes one activation in a million."""
 OUTPUT = "logits"
 
 
@@ -49,12 +49,12 @@ def to_onnx(
 ) -> "onnx.ModelProto":
     """Build the ONNX model: normalized float images (N, 3, H, W) to float logits (N, classes).
 
-    Class names, normalization and image size are kept in its metadata properties.
+    Variant, architecture, class names and normalization are stored in its metadata properties.
 
     Args:
         model: float with its batch norms folded, or int8.
         metadata: of the model.
-        batch_size: N; None leaves it open.
+        batch_size: N; None for any.
 
     Raises:
         UserError: onnx is not installed.
@@ -90,7 +90,7 @@ def to_onnx(
 
 
 def start_session(model: bytes, threads: int) -> Callable[[Tensor], Tensor]:
-    """ONNX Runtime on the CPU: a function from a batch of images to logits.
+    """Return a function that maps images to logits with ONNX Runtime on the CPU.
 
     Raises:
         UserError: onnxruntime is not installed.
@@ -109,13 +109,13 @@ def start_session(model: bytes, threads: int) -> Callable[[Tensor], Tensor]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the logits of two models lie apart on the same images.
+    """How much the logits of two models differ on the same images.
 
     Args:
-        images: how many were compared.
+        images: number of images.
         largest: largest absolute difference of a logit.
         largest_logit: largest absolute logit of the first model.
-        same_class: images that both put into the same class.
+        same_class: number of images that both assign to the same class.
     """
 
     images: int
@@ -125,7 +125,7 @@ class Difference:
 
     @property
     def same_class_pct(self) -> float:
-        """Images that both put into the same class, in percent."""
+        """Percentage of images that both assign to the same class."""
         return 100 * self.same_class / self.images
 
 
@@ -133,7 +133,7 @@ class Difference:
 def compare_logits(
     ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], batches: Batches
 ) -> Difference:
-    """Run both on the same batches."""
+    """Run both models on the same batches and compare their logits."""
     pairs = [(ours(images), theirs(images)) for images, _ in batches]
     first, second = (torch.cat(logits) for logits in zip(*pairs, strict=True))
     return Difference(
@@ -145,10 +145,10 @@ def compare_logits(
 
 
 def check_difference(path: str | os.PathLike, difference: Difference, step: float | None) -> None:
-    """Make sure that an exported model is the one that was given.
+    """Make sure that an exported model computes what the original does.
 
     Args:
-        path: of the file to be, for the message.
+        path: of the file to write, for the message.
         difference: between its logits and ours.
         step: `logit_step`.
 
@@ -159,7 +159,7 @@ def check_difference(path: str | os.PathLike, difference: Difference, step: floa
         allowed, same_class_pct = FLOAT_TOLERANCE * max(1.0, difference.largest_logit), FLOAT_SAME_CLASS_PCT
     else:
         allowed, same_class_pct = INT8_STEPS * step, INT8_SAME_CLASS_PCT
-    # Not the other way round, so that NaN fails as well.
+    # Written so that NaN fails as well.
     if not (difference.largest <= allowed and difference.same_class_pct >= same_class_pct):
         raise UserError(
             f"{path} was not written: its logits differ from ours by up to {difference.largest:.2g} "
@@ -169,7 +169,7 @@ def check_difference(path: str | os.PathLike, difference: Difference, step: floa
 
 
 def logit_step(model: "onnx.ModelProto") -> float | None:
-    """What a logit of an int8 model changes by at least; None for a float model."""
+    """Return the quantization step of the logits of an int8 model; None for a float model."""
     (onnx,) = import_optional("onnx")
     last = model.graph.node[-1]
     if last.op_type != "DequantizeLinear":
@@ -180,7 +180,7 @@ def logit_step(model: "onnx.ModelProto") -> float | None:
 
 
 class _Graph:
-    """Nodes and arrays of an ONNX graph, gathered operation by operation."""
+    """Nodes and arrays of an ONNX graph under construction."""
 
     def __init__(self) -> None:
         self.nodes: list[dict[str, Any]] = []
@@ -198,10 +198,11 @@ class _Graph:
         return name
 
     def weighted(self, operation: Operation, inputs: list[str]) -> str:
-        """Add the node of a convolution or linear layer; inputs are activation, weight and bias."""
+        """Add a convolution or linear layer; inputs are activation, weight and bias."""
         layer = operation.layer
         if isinstance(layer, nn.Linear):
             return self.node("Gemm", inputs, transB=1)
+        assert isinstance(layer, nn.Conv2d)
         return self.node(
             "Conv",
             inputs,
@@ -234,7 +235,7 @@ def _float_graph(model: MobileNetV2) -> _Graph:
 
 
 def _int8_graph(model: Int8Model) -> _Graph:
-    graph, values = _Graph(), {}
+    graph, values = _Graph(), dict[str, str]()
 
     def ends(name: str) -> list[str]:
         qparams = model.qparams(name)
@@ -247,11 +248,11 @@ def _int8_graph(model: Int8Model) -> _Graph:
         return graph.node("QuantizeLinear", [x, *ends(name)])
 
     def dequantize(name: str) -> str:
-        # One for each reader, which is how runtimes recognize an int8 operation.
+        # One node per consumer, the pattern by which runtimes recognize int8 operations.
         return graph.node("DequantizeLinear", [values[name], *ends(name)])
 
-    def parameter(name: str, values: np.ndarray, scale: np.ndarray) -> str:
-        """Add a quantized weight or bias; the name of what comes out of its DequantizeLinear."""
+    def parameter(name: str, values: np.ndarray, scale: Any) -> str:
+        """Add a quantized weight or bias and return the output of its DequantizeLinear."""
         inputs = [
             graph.array(name, values),
             graph.array(f"{name}_scale", scale),

@@ -1,6 +1,6 @@
-"""TorchScript files: models that run without this repository's code, on their quantization engine.
+"""Writes TorchScript files: models that run without the code of this repository.
 
-The one module that calls torch.jit, which torch has deprecated and still ships. Reading a file needs no
+Only this module calls torch.jit, which is deprecated but still part of torch. Reading a file needs no
 torch.jit (utils/deployment/torchscript_reader.py).
 """
 
@@ -11,9 +11,8 @@ import zipfile
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models import MobileNetV2
 from utils.checkpoints.metadata import Metadata
 from utils.common.files import atomic_write
 from utils.quantization.eager import quietly, to_module
@@ -22,25 +21,25 @@ from utils.quantization.int8_model import Int8Model
 METADATA_FILE = "metadata.json"
 
 
-def to_torchscript(model: MobileNetV2 | Int8Model, image_size: int) -> torch.jit.ScriptModule:
+def to_torchscript(model: nn.Module | Int8Model, image_size: int) -> torch.jit.ScriptModule:
     """Return a frozen TorchScript form of a model, with the same outputs at any batch size.
 
-    It has not run yet. That matters with the engines x86 and onednn: each convolution keeps the kernel
-    that was made for the first batch it sees. For a batch of another shape kernels are looked up in every
-    call, which takes 1.1 to 3 times as long, and up to 18 times after images of another size.
+    It has not run yet, which matters for the engines x86 and onednn: each convolution keeps the kernel made
+    for the first batch it sees. With batches of another shape, every call looks up kernels and takes 1.1 to
+    3 times as long, or up to 18 times after images of another size.
 
     Args:
-        model: float, its batch norms best folded, or int8, which is packed for the current engine.
-        image_size: side in pixels; another one works as well.
+        model: float, preferably with folded batch norms, or int8, which is packed for the current engine.
+        image_size: side of the example image in pixels; the result takes images of any size.
     """
     module = to_module(model) if isinstance(model, Int8Model) else model.eval()
     example = torch.zeros(1, 3, image_size, image_size)
     with quietly(), torch.no_grad():
-        # Traced, not scripted: torch's int8 layers check the rank of their input with branches that
+        # Traced, not scripted: torch's int8 layers check the rank of their input in branches that would
         # stay in a scripted graph and take a tenth of the time of a small batch. The model has no
-        # control flow that could depend on its input.
+        # control flow that depends on its input.
         traced = torch.jit.trace(module, example, check_trace=False).eval()
-        # Freezing packs the int8 weights anew, so that what ran for the trace is forgotten.
+        # Freezing packs the int8 weights again, which discards the kernels made for the trace.
         return torch.jit.freeze(traced, ["training"])
 
 
@@ -51,7 +50,7 @@ def pack_torchscript(scripted: torch.jit.ScriptModule, metadata: Metadata) -> by
         torch.jit.save(scripted, written, _extra_files={METADATA_FILE: json.dumps(metadata.to_dict())})
     with zipfile.ZipFile(written) as source, zipfile.ZipFile(packed, "w") as target:
         for name in source.namelist():
-            # Left out: where each operation stood in the sources, with the paths of this machine.
+            # These hold source locations, with paths of this machine.
             if not name.endswith(".debug_pkl"):
                 target.writestr(zipfile.ZipInfo(name), source.read(name))
     return packed.getvalue()
@@ -67,18 +66,15 @@ def save_torchscript(path: str | os.PathLike, scripted: torch.jit.ScriptModule, 
         temporary.write_bytes(pack_torchscript(scripted, metadata))
 
 
-def float_forms(
-    model: MobileNetV2 | torch.jit.ScriptModule, image_size: int
-) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return the ways to run a float model in TorchScript, by name; which one is faster depends.
+def float_forms(model: nn.Module, image_size: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return the ways to run a float model in TorchScript, by name; the fastest depends on the CPU.
 
     Args:
-        model: in eval mode; batch norms are folded here.
+        model: in eval mode, plain or already TorchScript; freezing folds its batch norms.
         image_size: side in pixels.
     """
     with quietly():
-        is_scripted = isinstance(model, torch.jit.ScriptModule)
-        frozen = model if is_scripted else to_torchscript(model, image_size)
+        frozen = model if isinstance(model, torch.jit.ScriptModule) else to_torchscript(model, image_size)
         return {
             "frozen TorchScript": frozen,
             "TorchScript optimized for inference (oneDNN)": torch.jit.optimize_for_inference(frozen),

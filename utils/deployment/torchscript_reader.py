@@ -1,8 +1,8 @@
-"""Reads TorchScript files of this project as data: nothing in them is run.
+"""Reads TorchScript files of this project as data, without running anything in them.
 
-`torch.jit.load` runs whatever code a file holds. Here the weights come through an unpickler that knows
-tensors and nothing else, and the numbers of the graph from its text; the model is then rebuilt from these
-tensors (utils/open_model.py).
+`torch.jit.load` would run the code in a file. Here an unpickler that knows only tensors reads the weights,
+and regular expressions read the qparams from the text of the graph; utils/open_model.py rebuilds the model
+from them.
 """
 
 import math
@@ -24,7 +24,7 @@ from utils.checkpoints.weights import is_torchscript
 from utils.common.errors import UserError, one_line
 from utils.common.files import check_input
 from utils.deployment.torchscript import METADATA_FILE
-from utils.quantization.int8_model import Int8Model, QParams, activation_names, operations_of
+from utils.quantization.int8_model import Int8Model, QParams, activation_names, layer_shapes
 
 LARGEST_TEXT = 2**20
 """Bytes of metadata, code or pickle."""
@@ -40,6 +40,10 @@ QUANTIZE = re.compile(r"torch\.quantize_per_tensor\(x, ([\d.e+-]+), (\d+), 13\)"
 INT8_OPERATION = re.compile(r"ops\.quantized\.(\w+)\(.*?(?:CONSTANTS\.c(\d+)|\w+), ([\d.e+-]+), (\d+)\)")
 FLOAT_OPERATION = re.compile(r"torch\.(?:_convolution|linear)\(\w+, CONSTANTS\.c(\d+), CONSTANTS\.c(\d+)")
 """How torch prints the operations of a frozen graph."""
+FLOAT_CALLS = {"_convolution", "hardtanh", "hardtanh_", "add", "add_", "linear"}
+INT8_CALLS = {"quantize_per_tensor", "quantized.conv2d", "quantized.add", "quantized.linear", "dequantize"}
+KNOWN_CALLS = FLOAT_CALLS | INT8_CALLS | {"adaptive_avg_pool2d", "flatten"}
+"""What the code may call: a file that computes anything else is not what its tensors say."""
 
 
 def read_torchscript(path: str | os.PathLike) -> tuple[Int8Model | MobileNetV2, Metadata]:
@@ -65,7 +69,7 @@ def read_torchscript(path: str | os.PathLike) -> tuple[Int8Model | MobileNetV2, 
     except UserError:
         raise
     except Exception as error:
-        # A damaged part raises whatever its reader stumbles over.
+        # Depending on what is damaged, almost anything can be raised.
         raise UserError(
             f"{path} is damaged or not of this project ({one_line(error)[:120]}): write or fetch it again"
         ) from error
@@ -91,7 +95,7 @@ def _read_metadata(path: Path, archive: zipfile.ZipFile) -> Metadata:
 
 
 def _check_members(archive: zipfile.ZipFile) -> None:
-    """Make sure that nothing is larger than the file, which stores its members as they are."""
+    """Make sure that no member is compressed, so that none is larger than the file."""
     members = archive.infolist()
     if len(members) > LARGEST_NUMBER_OF_MEMBERS:
         raise ValueError(f"it has {len(members)} parts")
@@ -110,13 +114,17 @@ def _read_code(archive: zipfile.ZipFile) -> str:
     names = [name for name in archive.namelist() if re.search(r"/code/__torch__/models/.*\.py$", name)]
     if len(names) != 1:
         raise ValueError(f"it has {len(names)} models")
-    return _read_text(archive, names[0]).decode()
+    code = _read_text(archive, names[0]).decode()
+    unknown = set(re.findall(r"\b(?:torch|ops)\.([\w.]+)\(", code)) - KNOWN_CALLS
+    if unknown:
+        raise ValueError(f"it calls {', '.join(sorted(unknown))}")
+    return code
 
 
 def _int8_model(metadata: Metadata, code: str, constants: list[Any]) -> Int8Model:
     names = activation_names(metadata.architecture)
-    shapes = _shapes(metadata)
-    found = [(None, scale, zero_point) for scale, zero_point in QUANTIZE.findall(code)]
+    shapes = layer_shapes(metadata.architecture)
+    found = [("", scale, zero_point) for scale, zero_point in QUANTIZE.findall(code)]
     found += [(index, scale, zero_point) for _, index, scale, zero_point in INT8_OPERATION.findall(code)]
     weights, scales, biases, activations = {}, {}, {}, {}
     for name, (index, scale, zero_point) in zip(names, found, strict=True):
@@ -140,20 +148,15 @@ def _int8_model(metadata: Metadata, code: str, constants: list[Any]) -> Int8Mode
 def _float_model(metadata: Metadata, code: str, constants: list[Any]) -> MobileNetV2:
     with torch.device("meta"):
         model = fold_batch_norms(MobileNetV2(**metadata.architecture))
-    state = {}
-    layers = list(_shapes(metadata))
+    state: dict[str, Tensor] = {}
+    layers = layer_shapes(metadata.architecture)
     for name, (weight, bias) in zip(layers, FLOAT_OPERATION.findall(code), strict=True):
         state |= {f"{name}.weight": constants[int(weight)], f"{name}.bias": constants[int(bias)]}
     if any(tensor.dtype != torch.float32 for tensor in state.values()):
         raise ValueError("a weight is not float32")
-    # Copies, since equal tensors stand in the file once.
+    # Cloned, since the file stores equal tensors once.
     model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     return model.eval()
-
-
-def _shapes(metadata: Metadata) -> dict[str, torch.Size]:
-    operations = operations_of(metadata.architecture)
-    return {op.name: op.layer.weight.shape for op in operations if op.layer is not None}
 
 
 class _Quantized:
@@ -188,7 +191,7 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file)
         self.archive, self.folder = archive, folder
         self.unread = {name for name in archive.namelist() if name.startswith(f"{folder}/constants/")}
-        self.known = {
+        self.known: dict[tuple[str, str], Any] = {
             ("torch._utils", "_rebuild_tensor_v2"): self.rebuild_tensor,
             ("torch._utils", "_rebuild_qtensor"): self.rebuild_quantized,
             ("torch.jit._pickle", "build_tensorlist"): lambda tensors: tensors,
@@ -217,7 +220,7 @@ class _Unpickler(pickle.Unpickler):
         """Return a contiguous tensor that takes each value of its storage once."""
         dtype, name = storage
         self.unread.remove(name)
-        values = np.frombuffer(bytearray(self.archive.read(name)), dtype)
+        values: np.ndarray = np.frombuffer(bytearray(self.archive.read(name)), dtype)
         expected = 1
         for step, n in sorted(zip(stride, size, strict=True)):
             if n != 1 and step != expected:
@@ -237,8 +240,8 @@ class _Unpickler(pickle.Unpickler):
         *_: Any,
     ) -> _Quantized:
         values = self.rebuild_tensor(storage, offset, size, stride)
-        kind, scale, zero_point, *_ = qscheme
-        if kind == "per_tensor_affine":
+        scale, zero_point = qscheme[1:3]
+        if qscheme[0] == "per_tensor_affine":
             scale, zero_point = torch.tensor([scale], dtype=torch.float64), torch.tensor([zero_point])
         if zero_point.any():
             raise ValueError("a weight is not symmetric")

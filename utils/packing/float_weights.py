@@ -1,12 +1,11 @@
 """Float weights, dense or pruned, as packed files: the whole state_dict, float32 or float16.
 
-The stream `values` holds the weights in forward order, `biases` the classifier's, `batch_norm` first the
-scale of all batch norms, then the shift, the running mean and the running variance of all.
+The stream `values` holds the weights in forward order, `biases` the classifier's, and `batch_norm` the
+scales of all batch norms, then their shifts, running means and running variances.
 
-float32 comes back bit for bit. float16 is the nearest float16 of each value, widened to float32 again:
-weights, biases, and the four vectors of a batch norm alike. Their relative error is at most 2**-11, as
-that of the weights; what is smaller than 6e-5 has an absolute error of 3e-8, which behind the
-1e-5 that is added to a running variance is nothing.
+float32 comes back bit for bit. float16 rounds every value to the nearest float16 and reads it back as
+float32, batch norms included. The relative error is at most 2**-11; values below 6e-5 have an absolute
+error of 3e-8, which is negligible next to the 1e-5 that is added to a running variance.
 """
 
 import os
@@ -30,9 +29,9 @@ COUNTER = "num_batches_tracked"
 
 
 def float_slots(model: nn.Module) -> list[Slot]:
-    """Places for all of a MobileNetV2 but the counters of its batch norms.
+    """List the slots of a MobileNetV2, except for the counters of its batch norms.
 
-    Batch norms are ordered by what they hold, since like numbers compress better together.
+    Batch-norm vectors are grouped by kind, since similar numbers compress better together.
     """
     layer, slots = "", []
     for name, module in model.named_modules():
@@ -51,7 +50,7 @@ def float_slots(model: nn.Module) -> list[Slot]:
 
 
 def round_to(state: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
-    """The state_dict that comes back from a packed file of this type.
+    """Return the state_dict that comes back from a packed file of this type.
 
     Raises:
         UserError: a value is too large for it.
@@ -60,7 +59,7 @@ def round_to(state: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tens
         return state
     rounded = {}
     for name, value in state.items():
-        # Negative numbers that are rounded to nothing, or pruned by a product, become plain zeros.
+        # -0.0, from small negative numbers or a mask, becomes 0.0.
         rounded[name] = value.half().float() + 0.0 if value.is_floating_point() else value
         if not rounded[name].isfinite().all():
             raise UserError(
@@ -70,7 +69,7 @@ def round_to(state: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tens
 
 
 def encode_weights(weights: Weights, dtype: str) -> bytes:
-    """The content of a packed file of `weights`; dtype is one of TYPES.
+    """Return the content of a packed file of `weights`; dtype is one of TYPES.
 
     Raises:
         UserError: a value is NaN, infinite, or too large for the type.
@@ -93,10 +92,10 @@ def encode_weights(weights: Weights, dtype: str) -> bytes:
 
 
 def read_slots(file: PackedFile) -> list[Slot]:
-    """The places for tensors in a packed file of float weights.
+    """List the slots of a packed file of float weights.
 
     Raises:
-        UserError: its architecture is none, or it holds an int8 model.
+        UserError: its architecture is invalid, or it holds an int8 model.
     """
     if file.header.get("dtype") not in TYPES:
         raise UserError(
@@ -109,7 +108,7 @@ def read_slots(file: PackedFile) -> list[Slot]:
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, Any]:
-    """What a packed file of `encode_weights` holds, under the keys of a weights file.
+    """Read a packed file of float weights into the content of a weights file.
 
     Raises:
         UserError: the file is damaged, foreign, of another version, or holds an int8 model.
@@ -130,8 +129,8 @@ def read_weights(path: str | os.PathLike) -> dict[str, Any]:
 
 @lru_cache(maxsize=8)
 def _layout(architecture: tuple[tuple[str, Any], ...]) -> tuple[list[Slot], list[str]]:
-    """The slots, and the names of the state_dict."""
-    # On "meta" nothing is allocated, whatever a header asks for.
+    """Return the slots, and the names in the state_dict."""
+    # The meta device allocates nothing, whatever the header asks for.
     with torch.device("meta"):
         model = MobileNetV2(**dict(architecture))
     return float_slots(model), list(model.state_dict())

@@ -1,13 +1,13 @@
-"""Packed files: a JSON header, and streams that all tensors of a kind share.
+"""Packed files: a JSON header, and one stream for all tensors of a kind.
 
-What is in the archive (utils/packing/container.py; all arrays are bytes):
+Members of the archive (utils/packing/container.py; all arrays are bytes):
 
     header.json    format, version, what the model is, the encoding of each weight ("encodings": one letter
                    per layer in forward order, d dense, m mask, g gaps) and the type of each stream ("types")
     mask           one bit per weight of the layers with m: whether it is not zero; first bit highest
     gaps           the number of zeros before each value of the layers with g; 255 is 255 zeros and no value
-    values         weights: all of the layers with d, of the others those that are not zero
-    scales, biases, batch_norm, ranges    all of them, always dense
+    values         all weights of the layers with d, and the nonzero weights of the others
+    scales, biases, batch_norm, ranges    always dense
 
 A stream of numbers is stored as planes: `values.0` holds the most significant byte of each number,
 `values.1` the next (utils/packing/codecs.py says where a sign goes). Names and shapes are not stored: they
@@ -16,14 +16,14 @@ are those of MobileNetV2 with the header's architecture, in the order of its sta
 Version 2 stored the planes of a stream one after the other in one array, and two bytes of CRC-32 per
 tensor in `checksums`, which are ignored: the zip has a CRC-32 for each array.
 
-A file is not believed: shapes come from the architecture, whose size must be in proportion to that of
-the file, and bound what is decompressed.
+A file is not trusted: shapes come from the architecture, whose size is limited in proportion to the size
+of the file, and they limit what is decompressed.
 """
 
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,11 +47,11 @@ ARCHITECTURE_ERRORS = (LookupError, TypeError, ValueError, ArithmeticError, Attr
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor that a packed file has a place for.
+    """The place of a tensor in a packed file.
 
     Args:
         name: in the state_dict, or as the int8 model calls it.
-        layer: convolution or linear layer that it belongs to; empty for what belongs to all.
+        layer: convolution or linear layer that it belongs to; empty if it belongs to none.
         stream: one of STREAMS.
         shape: of the tensor.
     """
@@ -72,7 +72,7 @@ def encode(header: dict[str, Any], slots: Sequence[Slot], tensors: dict[str, np.
 
     Args:
         header: what the model is; format, version, encodings and types are added.
-        slots: of all tensors, in an order in which each stream's are in the order of reading.
+        slots: of all tensors; those of a stream in the order in which they are read.
         tensors: by name; those of a stream have one type: float16, float32, int8 or int32.
 
     Raises:
@@ -109,7 +109,7 @@ def _plane_names(stream: str, version: int, itemsize: int) -> list[str]:
 
 
 def is_packed(path: str | os.PathLike) -> bool:
-    """Return whether a file begins like a packed file; it may be damaged further on."""
+    """Return whether a file starts like a packed file; the rest may be damaged."""
     try:
         with open(path, "rb") as file:
             start = file.read(30 + len(HEADER))
@@ -150,14 +150,14 @@ class PackedFile:
 
     def wrong(self, error: object) -> UserError:
         """Return the error to raise for a header that does not fit the model."""
-        return UserError(f"{self.path} does not fit MobileNetV2 ({one_line(error)[:200]}): pack it anew")
+        return UserError(f"{self.path} does not fit MobileNetV2 ({one_line(error)[:200]}): pack it again")
 
-    def read(self, slots: Sequence[Slot], types: dict[str, Sequence[str]]) -> dict[str, np.ndarray]:
+    def read(self, slots: Sequence[Slot], types: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
         """Return the tensors by name.
 
         Args:
             slots: as they were given to `encode`.
-            types: names of the types that are possible for each stream.
+            types: names of the allowed types by stream.
 
         Raises:
             UserError: the file is damaged or does not hold what it should.
@@ -190,7 +190,7 @@ class PackedFile:
         return tensors
 
     def _dtypes(
-        self, by_stream: dict[str, list[Slot]], types: dict[str, Sequence[str]]
+        self, by_stream: dict[str, list[Slot]], types: Mapping[str, Sequence[str]]
     ) -> dict[str, np.dtype]:
         """Return the type of each stream, after checking that the file can hold tensors of that size."""
         found = self.header.get("types")

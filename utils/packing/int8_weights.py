@@ -1,13 +1,13 @@
-"""int8 models as packed files: their tensors, and all that scales them.
+"""int8 models as packed files: quantized values, scales, zero points and biases.
 
-The stream `ranges` holds the scales of the activations (the images', then those of each convolution,
-linear layer and addition, in forward order); their zero points stand in the header. The stream `scales`
-holds those of each weight, one, or one per output channel: their numbers (`scale_index`) less 128 as int8,
-if the same float32 comes out of them. Zero points of weights are 0.
+The stream `ranges` holds the activation scales: that of the images, then of each convolution, linear
+layer and addition in forward order. Their zero points are in the header. The stream `scales` holds the
+weight scales, one per layer or per output channel, as int8 (`scale_index` minus 128) if that restores the
+same float32. Weights have no zero points.
 
-A bias is a whole number of `bias_units` of its layer (utils/quantization/int8_model.py, which rounds it
-so), which follow from the scales: that int32 is stored, if the same float32 comes out of it. The only
-difference that may be is that a bias of -0.0 comes back as 0.0, which no kernel tells apart.
+A bias is a whole number of `bias_units` (utils/quantization/int8_model.py rounds it), which follow from
+the scales; that number is stored as int32 if it restores the same float32. Only -0.0 comes back as 0.0,
+which no kernel tells apart.
 """
 
 import os
@@ -22,7 +22,7 @@ from torch import Tensor
 from utils.checkpoints.metadata import Metadata
 from utils.common.errors import UserError
 from utils.packing.format import ARCHITECTURE_ERRORS, PackedFile, Slot, encode, is_packed
-from utils.quantization.int8_model import Int8Model, QParams, activation_names, operations_of
+from utils.quantization.int8_model import Int8Model, QParams, activation_names, layer_shapes
 from utils.quantization.observers import scale_from_index, scale_index
 
 OUTPUT_SCALES = "output_scales"
@@ -33,13 +33,12 @@ STREAM_TYPES = {
     "ranges": ("float32",),
 }
 FIRST_INDEX = -128
-"""As int8, the number of the smallest scale."""
+"""The int8 number of the smallest scale."""
 
 
 def int8_slots(architecture: dict[str, Any], per_channel: bool) -> list[Slot]:
-    """List the places for the tensors of an int8 model."""
-    operations = [operation for operation in operations_of(architecture) if operation.layer is not None]
-    layers = {operation.name: tuple(operation.layer.weight.shape) for operation in operations}
+    """List the slots of an int8 model."""
+    layers = layer_shapes(architecture)
     return [
         *(Slot(f"{name}.weight", name, "values", shape) for name, shape in layers.items()),
         *(
@@ -58,12 +57,10 @@ def encode_int8(model: Int8Model, metadata: Metadata) -> bytes:
     arrays[OUTPUT_SCALES] = np.array([one.scale for one in qparams], np.float32)
     indices = {name: _scale_indices(scale) for name, scale in model.scales.items()}
     multiples = {name: _bias_multiples(bias, model.bias_units(name)) for name, bias in model.biases.items()}
-    for kind, values, integers in (
-        ("weight_scale", model.scales, indices),
-        ("bias", model.biases, multiples),
-    ):
-        are_integers = all(value is not None for value in integers.values())
-        for name, value in (integers if are_integers else values).items():
+    groups = (("weight_scale", model.scales, indices), ("bias", model.biases, multiples))
+    for kind, values, integers in groups:
+        found = {name: value for name, value in integers.items() if value is not None}
+        for name, value in (found if len(found) == len(values) else values).items():
             arrays[f"{name}.{kind}"] = value.numpy()
     header = {
         "dtype": "int8",
@@ -75,7 +72,7 @@ def encode_int8(model: Int8Model, metadata: Metadata) -> bytes:
 
 
 def _scale_indices(scales: Tensor) -> Tensor | None:
-    """Return the scales (n,) of a weight as int8; None if others come out of it."""
+    """Return the scales (n,) of a weight as int8, or None if they cannot be restored exactly."""
     indices = scale_index(scales) + FIRST_INDEX
     fits = bool((indices <= 127).all())
     return (
@@ -86,14 +83,14 @@ def _scale_indices(scales: Tensor) -> Tensor | None:
 
 
 def _bias_multiples(bias: Tensor, units: Tensor) -> Tensor | None:
-    """Return the bias (out_channels,) in units, int32; None if another one comes out of it."""
+    """Return the bias (out_channels,) in units, int32, or None if it cannot be restored exactly."""
     multiples = (bias.double() / units).round()
     fits = bool((multiples.abs() < 2**31).all())
     return multiples.int() if fits and torch.equal((multiples * units).float(), bias) else None
 
 
 def is_packed_int8(path: str | os.PathLike) -> bool:
-    """Whether the file is a packed int8 model.
+    """Return whether the file is a packed int8 model.
 
     Raises:
         UserError: it is a packed file, but truncated, damaged or of another version.
@@ -102,7 +99,7 @@ def is_packed_int8(path: str | os.PathLike) -> bool:
 
 
 def read_slots(file: PackedFile) -> list[Slot]:
-    """Return the places for tensors in a packed int8 file.
+    """List the slots of a packed int8 file.
 
     Raises:
         UserError: its architecture is invalid, or it holds float weights.
@@ -141,7 +138,7 @@ def read_int8(path: str | os.PathLike) -> tuple[Int8Model, Metadata]:
             )
         }
         if not all(one.scale > 0 and 0 <= one.zero_point <= 255 for one in activations.values()):
-            raise ValueError("an activation has no range")
+            raise ValueError("an activation has an invalid scale or zero point")
     except ARCHITECTURE_ERRORS as error:
         raise file.wrong(error) from error
     scales = {name: arrays[f"{name}.weight_scale"] for name in layers}

@@ -1,10 +1,9 @@
-"""Packed model files: as small as what is in them, and opened again exactly.
+"""Pack models into small files, check what comes back, and report where the bytes go.
 
-Their format is described in utils/packing/format.py.
+utils/packing/format.py describes the format.
 """
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "float16", "int8")
 KINDS = ("values", "positions", "scales", "biases", "batch_norm", "header")
 KIND_OF_STREAM = {"mask": "positions", "gaps": "positions", "ranges": "scales"}
-"""The other streams are called as their kind."""
+"""Every other stream has the name of its kind."""
 
 Source = Weights | tuple[Int8Model, Metadata]
 
@@ -50,7 +49,7 @@ def check_same(path: str | os.PathLike, source: Source, dtype: str) -> str:
     """Read a packed file and compare it with what it was made from, bit for bit.
 
     Returns:
-        What was found equal, in words.
+        A sentence that says what was compared.
 
     Raises:
         RuntimeError: something differs.
@@ -85,17 +84,16 @@ def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 def packed_sizes(path: str | os.PathLike) -> "pd.DataFrame":
-    """Where the bytes of a packed file go.
+    """Return where the bytes of a packed file go.
 
     Returns:
-        A row for each layer and kind, columns `layer` (name of a convolution or linear layer in
-        forward order; empty for what belongs to none, such as the header), `kind` (one of KINDS) and
-        `bytes` (int). The sum of `bytes` is the size of the file. Layers share compressed streams; a
-        layer's part of a stream is in proportion to what its own bytes would take if they were Huffman
-        coded alone.
+        One row per layer and kind, in forward order, with columns `layer` (empty for what belongs to no
+        layer, such as the header), `kind` (one of KINDS) and `bytes` (int). The sum of `bytes` is the
+        size of the file. Layers share compressed streams; each gets a share of a stream in proportion to
+        the Huffman-coded size of its own bytes.
 
     Raises:
-        UserError: the file is missing, no packed file, or damaged.
+        UserError: the file is missing, not a packed file, or damaged.
     """
     import pandas as pd
 
@@ -110,7 +108,7 @@ def packed_sizes(path: str | os.PathLike) -> "pd.DataFrame":
         zip((s.name for s in slots if s.stream == "values"), file.header["encodings"], strict=True)
     )
 
-    # Bytes that a tensor would take alone, by stream.
+    # Layer and Huffman-coded size of each tensor, by stream.
     alone: dict[str, list[tuple[str, int]]] = {}
     for slot in slots:
         values = tensors[slot.name].reshape(-1)
@@ -122,23 +120,20 @@ def packed_sizes(path: str | os.PathLike) -> "pd.DataFrame":
             )
             alone.setdefault(stream, []).append((slot.layer, huffman_size(places)))
         alone.setdefault(slot.stream, []).append((slot.layer, planes_size(values)))
-    rows = []
+    rows: list[tuple[str, str, int]] = []
     for stream, parts in alone.items():
         kind = KIND_OF_STREAM.get(stream, stream)
-        layers, weights = zip(*parts, strict=True)
-        ends = np.cumsum(weights, dtype=np.float64)
+        ends = np.cumsum([size for _, size in parts], dtype=np.float64)
         ends = np.rint(ends * (file.archive.size(stream) / max(ends[-1], 1))).astype(int)
-        rows += zip(layers, [kind] * len(layers), np.diff(ends, prepend=0), strict=True)
+        shares = np.diff(ends, prepend=0).tolist()
+        rows += [(layer, kind, share) for (layer, _), share in zip(parts, shares, strict=True)]
+    rows.append(("", "header", path.stat().st_size - sum(size for _, _, size in rows)))
     sizes = pd.DataFrame(rows, columns=["layer", "kind", "bytes"])
-    sizes = sizes.groupby(["layer", "kind"], sort=False, as_index=False)["bytes"].sum()
-    rest = Path(path).stat().st_size - int(sizes["bytes"].sum())
-    sizes.loc[len(sizes)] = ["", "header", rest]
-    order = {
-        layer: place
-        for place, layer in enumerate([*dict.fromkeys(slot.layer for slot in slots if slot.layer), ""])
-    }
-    by_layer = sizes.sort_values("layer", key=lambda column: column.map(order), kind="stable")
-    return by_layer.reset_index(drop=True)
+    sizes = sizes.groupby(["layer", "kind"], sort=False, as_index=False).sum()
+    order = [*dict.fromkeys(slot.layer for slot in slots if slot.layer), ""]
+    return sizes.sort_values(
+        "layer", key=lambda column: column.map(order.index), kind="stable", ignore_index=True
+    )
 
 
 def format_sizes(sizes: "pd.DataFrame") -> str:

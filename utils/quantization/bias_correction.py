@@ -1,8 +1,9 @@
-"""Takes the mean error of each channel of an int8 model out of its biases, with calibration images."""
+"""Corrects the biases of an int8 model by the mean error of each channel on calibration images."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,24 +12,24 @@ from utils.quantization.eager import from_module, to_module
 from utils.quantization.int8_model import Int8Model
 
 SMALLEST_SLOPE = 0.1
-"""How a channel's mean follows its bias, at least. One that ReLU6 nearly always clamps would move far."""
+"""Lower bound of d(mean)/d(bias), so that the bias of a channel that ReLU6 nearly always clamps stays put."""
 
 
 @torch.no_grad()
 def correct_biases(
     model: Int8Model, reference: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> Int8Model:
-    """Return an int8 model whose channels have the means of the float model's.
+    """Return the int8 model with biases that give each channel the mean of the float model.
 
-    Rounded weights shift a channel by a constant on average, and layers add such shifts up. Empirical
-    bias correction (Nagel et al., 2019, appendix D, https://arxiv.org/abs/1906.04721) takes them out
-    from the first layer to the last, each with those before it corrected. Here it is one pass over the
-    batches: the first sets the biases, and the n-th moves them by 1/n of what it still finds.
+    Rounding the weights shifts the mean of a channel, and the shifts accumulate over the layers. Empirical
+    bias correction (Nagel et al., 2019, appendix D, https://arxiv.org/abs/1906.04721) removes them layer by
+    layer, each with the previous ones corrected. This does so in one pass over the batches: the n-th batch
+    moves the biases by 1/n of the error that is left.
 
     Args:
-        model: whose biases are to be corrected; it runs on the current engine.
+        model: runs on the current engine; stays as it is.
         reference: the float model with its batch norms folded.
-        batches: of training images, as the model sees them when it is used.
+        batches: of training images, preprocessed as for inference.
     """
     module = to_module(model)
     watched = _watched(reference)
@@ -45,19 +46,19 @@ def _correct(
     slopes: dict[str, Tensor],
     step: float,
     name: str,
-    layer: nn.Module,
+    layer: Any,
     inputs: tuple[Tensor],
     output: Tensor,
 ) -> Tensor:
-    """Move the bias of an int8 layer, as a forward hook, and return what the layer then computes."""
+    """Forward hook: correct the bias of an int8 layer and return its new output."""
     error = _channel_means(output.dequantize()) - means[name]
     layer.set_weight_bias(layer.weight(), layer.bias() - step * error / slopes[name])
     return layer.forward(*inputs)
 
 
 def _watched(reference: nn.Module) -> dict[str, nn.Module]:
-    """Return the module whose output each int8 layer imitates: the ReLU6 after it, or itself, by layer."""
-    watched = {
+    """Return, by int8 layer, the float module with the same output: the ReLU6 after it, or the layer."""
+    watched: dict[str, nn.Module] = {
         name: layer for name, layer in reference.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)
     }
     for name, module in reference.named_modules():
@@ -69,7 +70,7 @@ def _watched(reference: nn.Module) -> dict[str, nn.Module]:
 def _means_and_slopes(
     reference: nn.Module, watched: dict[str, nn.Module], images: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the mean of each channel and about how much it grows with the bias, by layer."""
+    """Return, by layer, the mean of each channel and an estimate of its derivative by the bias."""
     means, slopes = {}, {}
 
     def measure(name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -87,7 +88,7 @@ def _means_and_slopes(
 
 @contextmanager
 def _hooks(modules: dict[str, nn.Module], hook: Callable) -> Iterator[None]:
-    """Within the block, call the hook after each module, with its name before what torch passes."""
+    """Within the block, call the hook after each module, with its name as the first argument."""
     handles = [module.register_forward_hook(partial(hook, name)) for name, module in modules.items()]
     try:
         yield

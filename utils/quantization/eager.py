@@ -1,7 +1,7 @@
-"""torch's eager-mode quantization behind plain tensors: what observes, what trains, what runs.
+"""Calibration, fake quantization and int8 modules from torch's eager-mode quantization.
 
-The one module, beside models/mobilenetv2_quantization.py, that calls torch.ao.quantization, which torch has
-deprecated and still ships.
+Only this module and models/mobilenetv2_quantization.py use torch.ao.quantization, which is deprecated but
+still part of torch.
 """
 
 import copy
@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.ao import quantization as eager
 from torch.ao.nn import quantized as int8
 from torch.ao.nn.intrinsic import qat as fused
 
-from models import MobileNetV2Quantization
+from models import MobileNetV2, MobileNetV2Quantization
 from models.folding import INPUT, fold_batch_norms, without_constant_channels
 from utils.common import distributed
 from utils.common.devices import device_of, on_device
@@ -61,16 +62,16 @@ def engine(name: str | None) -> Iterator[None]:
 
 
 def calibrate(model: MobileNetV2Quantization, batches: Iterable[tuple[Tensor, Tensor]]) -> nn.Module:
-    """Return a copy of a float model, its batch norms folded, that has observed its activations.
+    """Return a copy of a float model with folded batch norms and calibrated activation observers.
 
     Args:
         model: not fused; stays as it is.
-        batches: of training images, as the model sees them when it is used; at least one.
+        batches: of training images, preprocessed as for inference; at least one.
     """
-    observed = fold_batch_norms(without_constant_channels(model))
+    observed: Any = fold_batch_norms(without_constant_channels(model))
     with quietly():
         _set_observers(observed, ActivationObserver, lambda: WeightObserver(per_channel=True))
-        # Where two logits are clipped, their order is lost.
+        # Logits keep their full range: two that are clipped could no longer be told apart.
         observed.classifier[-1].qconfig = observed.qconfig._replace(activation=eager.MinMaxObserver)
         eager.prepare(observed, inplace=True)
     with torch.no_grad():
@@ -80,10 +81,10 @@ def calibrate(model: MobileNetV2Quantization, batches: Iterable[tuple[Tensor, Te
 
 
 def post_training_quantize(calibrated: nn.Module, per_channel: bool, weight_bits: int = 8) -> Int8Model:
-    """Return the int8 model of a calibrated one.
+    """Quantize a calibrated model to int8.
 
     Args:
-        calibrated: from `calibrate`; stays as it is, so that both kinds are made from one.
+        calibrated: from `calibrate`; stays as it is.
         per_channel: whether each output channel of a weight has a scale of its own.
         weight_bits: one of WEIGHT_BITS; see `layer_bits`.
     """
@@ -96,45 +97,45 @@ def post_training_quantize(calibrated: nn.Module, per_channel: bool, weight_bits
 def prepare_qat(
     model: MobileNetV2Quantization, weight_bits: int = 8, has_batch_norms: bool = True
 ) -> nn.Module:
-    """Return a copy of a float model that trains with the rounding of int8, per channel.
+    """Return a copy of a float model that trains with per-channel fake quantization.
 
-    `calibrate_qat` gives its activations their first ranges. Its state_dict holds all that
-    `convert_qat` needs, and loads into another model of this function with the same arguments.
+    `calibrate_qat` initialises its activation ranges. Its state_dict holds everything that `convert_qat`
+    needs and loads into any model that this function returns for the same arguments.
 
     Args:
         model: not fused; stays as it is.
         weight_bits: one of WEIGHT_BITS; see `layer_bits`.
-        has_batch_norms: whether batch norms are trained. Otherwise they are folded into the weights
-            before, and a step takes half the time (static folding: Nagel et al., 2021, section 5.2.1,
+        has_batch_norms: whether to train with batch norms. Otherwise they are folded into the weights
+            first, which halves the time per step (static folding: Nagel et al., 2021, section 5.2.1,
             https://arxiv.org/abs/2106.08295).
     """
+    trained: MobileNetV2
     if has_batch_norms:
-        model = copy.deepcopy(model).train()
-        model.fuse_for_qat()
+        trained = fused_model = copy.deepcopy(model).train()
+        fused_model.fuse_for_qat()
     else:
-        model = fold_batch_norms(without_constant_channels(model)).train()
         # torch freezes the biases that folding makes.
-        model.requires_grad_(True)
+        trained = fold_batch_norms(without_constant_channels(model)).train().requires_grad_(True)
     with quietly():
         _set_observers(
-            model,
+            trained,
             ActivationFakeQuantize.with_args(
                 observer=eager.MovingAverageMinMaxObserver, quant_min=0, quant_max=255
             ),
             eager.FakeQuantize.with_args(observer=WeightObserver, per_channel=True),
         )
-        eager.prepare_qat(model, inplace=True)
-    for layer, bits in layer_bits(model, weight_bits).items():
+        eager.prepare_qat(trained, inplace=True)
+    for layer, bits in layer_bits(trained, weight_bits).items():
         layer.weight_fake_quant = eager.FakeQuantize(WeightObserver, per_channel=True, bits=bits)
-    return model
+    return trained
 
 
-def layer_bits(model: nn.Module, weight_bits: int) -> dict[nn.Module, int]:
-    """Return the bits of the weights of each convolution and linear layer.
+def layer_bits(model: nn.Module, weight_bits: int) -> dict[Any, int]:
+    """Return the weight bits of each convolution and linear layer.
 
-    The first layer and the depthwise convolutions keep 8: they are 3 % of the weights. Quantized after
-    training, they would cost 0.6 to 1 point of accuracy on CIFAR-10 at 5 bits and 1 to 6 at 4, the most
-    where few weights are left.
+    The first layer and the depthwise convolutions, 3 % of the weights, keep 8 bits. In PTQ, fewer would
+    cost 0.6 to 1 point of accuracy on CIFAR-10 at 5 bits and 1 to 6 points at 4 bits, most in heavily
+    pruned models.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     return {
@@ -144,10 +145,10 @@ def layer_bits(model: nn.Module, weight_bits: int) -> dict[nn.Module, int]:
 
 @torch.no_grad()
 def calibrate_qat(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Let the activations of a model from `prepare_qat` find their ranges before it trains.
+    """Initialise the activation ranges of a model from `prepare_qat` before it trains.
 
-    From ranges of a first batch of training, with all layers rounding at once, the first steps
-    would lead away from the weights that are there.
+    Ranges taken from the first training batch, while every layer is already rounding, would make the first
+    steps undo what the weights have learned.
     """
     model.eval()
     model.apply(eager.disable_fake_quant)
@@ -157,37 +158,36 @@ def calibrate_qat(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) ->
 
 
 def freeze_ranges(model: nn.Module) -> None:
-    """Hold the ranges of the activations of a model from `prepare_qat` from now on.
-
-    The scales of its weights go on following the weights.
-    """
+    """Freeze the activation ranges of a model from `prepare_qat`; weight scales still follow the weights."""
     for module in model.modules():
         if isinstance(module, eager.FusedMovingAvgObsFakeQuantize):
             module.disable_observer()
 
 
 def freeze_batch_norms(model: nn.Module) -> None:
-    """Let a model from `prepare_qat` normalize by its running statistics, and hold these, from now on."""
+    """Freeze the batch-norm statistics of a model from `prepare_qat` and normalize by them."""
     model.apply(fused.freeze_bn_stats)
 
 
 def convert_qat(model: nn.Module) -> Int8Model:
-    """Return the int8 model of a model from `prepare_qat`, which stays as it is."""
+    """Convert a model from `prepare_qat` to int8; the model itself stays as it is."""
     return _convert(copy.deepcopy(model).cpu().eval())
 
 
 def to_module(model: Int8Model) -> nn.Module:
-    """Return torch's int8 modules with these tensors: images (N, 3, H, W) to logits (N, classes), on a CPU.
+    """Build torch's int8 modules from the tensors, packed for the current engine.
 
-    Their weights are packed for the current engine.
+    Returns:
+        A module that maps images (N, 3, H, W) to logits (N, classes) on the CPU.
     """
     with torch.device("meta"):
-        module = MobileNetV2Quantization(**model.architecture)
+        module: Any = MobileNetV2Quantization(**model.architecture)
     with quietly():
         for name in activation_names(model.architecture):
             qparams = model.activations[name]
             path = "quant" if name == INPUT else name
             layer = module.get_submodule(path)
+            replacement: Any
             if name == INPUT:
                 replacement = int8.Quantize(qparams.scale, qparams.zero_point, torch.quint8)
             elif isinstance(layer, nn.Linear):
@@ -202,8 +202,8 @@ def to_module(model: Int8Model) -> nn.Module:
                 replacement.set_weight_bias(_quantized_weight(model, name), model.biases[name])
             if name != INPUT:
                 replacement.scale, replacement.zero_point = qparams.scale, qparams.zero_point
-            parent, _, child = path.rpartition(".")
-            setattr(module.get_submodule(parent), child, replacement)
+            folder, _, child = path.rpartition(".")
+            setattr(module.get_submodule(folder), child, replacement)
         for parent in list(module.modules()):
             for child, layer in list(parent.named_children()):
                 if isinstance(layer, nn.BatchNorm2d | nn.ReLU6):
@@ -220,8 +220,8 @@ def _quantized_weight(model: Int8Model, name: str) -> Tensor:
     return torch._make_per_channel_quantized_tensor(values, scale, zero_points, 0)
 
 
-def from_module(module: nn.Module) -> Int8Model:
-    """Return the tensors of torch's int8 modules, the reverse of `to_module`."""
+def from_module(module: Any) -> Int8Model:
+    """Extract the tensors of torch's int8 modules; the inverse of `to_module`."""
     weights, scales, biases, activations = {}, {}, {}, {}
     for name in activation_names(module.architecture):
         layer = module.quant if name == INPUT else module.get_submodule(name)
@@ -237,7 +237,7 @@ def from_module(module: nn.Module) -> Int8Model:
 
 
 class WeightObserver(eager.ObserverBase):
-    """torch's form of `choose_weight_scale`."""
+    """`choose_weight_scale` as a torch observer."""
 
     def __init__(
         self, per_channel: bool, bits: int = 8, is_dynamic: bool = False, factory_kwargs=None
@@ -251,26 +251,26 @@ class WeightObserver(eager.ObserverBase):
         self.register_buffer("scale", torch.ones(1), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Measure the weight; it is returned as it came."""
+        """Choose the scale of the weight and return the weight unchanged."""
         self.scale = choose_weight_scale(weight.detach(), self.per_channel, self.bits)
         return weight
 
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         """Return scales (out_channels,) or (1,), and as many zero points, all 0."""
         return self.scale, torch.zeros_like(self.scale, dtype=torch.int)
 
 
 class ActivationFakeQuantize(eager.FusedMovingAvgObsFakeQuantize):
-    """Rounds an activation as int8 does; its range follows that of the batch as a moving average.
+    """Fake quantization of an activation, with a moving average of the range of each batch.
 
-    In a run over several processes, it is the range of the batch of all of them.
+    In a distributed run, the range is that of the global batch.
     """
 
     def forward(self, activation: Tensor) -> Tensor:
-        """Follow the range, unless that is held, and round; the shape stays."""
+        """Update the range unless it is frozen, and round; the shape stays."""
         if distributed.world_size() == 1 or not (self.training and self.observer_enabled):
             return super().forward(activation)
-        # The range depends on the smallest and the largest value of the batch alone.
+        # The range depends only on the minimum and the maximum of the batch.
         extremes = torch.stack([-activation.detach().amin(), activation.detach().amax()])
         super().forward(distributed.all_reduce_max(extremes) * extremes.new_tensor([-1, 1]))
         self.disable_observer()
@@ -280,25 +280,25 @@ class ActivationFakeQuantize(eager.FusedMovingAvgObsFakeQuantize):
 
 
 class ActivationObserver(eager.HistogramObserver):
-    """torch's form of `choose_activation_qparams`."""
+    """`choose_activation_qparams` as a torch observer."""
 
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         """Return scale and zero point, each of shape (1,)."""
         if self.min_val > self.max_val:
-            # Nothing was seen: the addition of a block that has no shortcut.
+            # It saw nothing: the addition of a block without a shortcut.
             return torch.ones(1), torch.zeros(1, dtype=torch.int)
         return choose_activation_qparams(self.histogram, self.min_val, self.max_val)
 
 
-def _set_observers(model: nn.Module, activation, weight) -> None:
-    """Say what observes the activations and the weights; before a ReLU6 nothing does."""
+def _set_observers(model: Any, activation: Any, weight: Any) -> None:
+    """Set the observers of activations and weights; the input of a ReLU6 is not observed."""
     model.qconfig = eager.QConfig(activation, weight)
     for sequence in _ending_in_relu6(model):
         sequence[0].qconfig = eager.QConfig(nn.Identity, weight)
 
 
 def _convert(model: nn.Module) -> Int8Model:
-    """Let torch quantize the layers of a model, which is changed, and take the tensors."""
+    """Convert a model in place to int8 modules and return their tensors."""
     for sequence in _ending_in_relu6(model):
         sequence[0].activation_post_process = sequence[-1].activation_post_process
         sequence[-1] = nn.Identity()
@@ -307,7 +307,8 @@ def _convert(model: nn.Module) -> Int8Model:
         return from_module(model).with_rounded_biases()
 
 
-def _ending_in_relu6(model: nn.Module) -> Iterator[nn.Sequential]:
+def _ending_in_relu6(model: nn.Module) -> Iterator[Any]:
+    """Yield the sequences whose last module is a ReLU6."""
     for module in model.modules():
         if isinstance(module, nn.Sequential) and isinstance(module[-1], nn.ReLU6):
             yield module
@@ -315,10 +316,10 @@ def _ending_in_relu6(model: nn.Module) -> Iterator[nn.Sequential]:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Silence the warnings in which torch announces that eager quantization is deprecated."""
+    """Silence torch's deprecation warnings for eager quantization."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # One of them comes from C++, once per process, and from jit.load straight to stderr. Brought
-        # about here, it goes through Python and is ignored with the others.
+        # One of them comes from C++ once per process, and could go straight to stderr. Triggered here, it
+        # goes through Python and is ignored like the others.
         torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.qint8)
         yield

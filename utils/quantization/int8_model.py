@@ -1,14 +1,12 @@
-"""An int8 MobileNetV2 as plain tensors: what quantization makes, and every file format is made from.
+"""An int8 MobileNetV2 as plain tensors: the output of quantization and the source of every file format.
 
-What int8 means here:
+Conventions:
 
-- Activations take all of 0 to 255. ReLU6 is no operation of its own: the range of the convolution before
-  it is observed after the ReLU6, so it lies within [0, 6] with zero point 0, and where the convolution
-  saturates is the clamp.
+- Activations use all of 0 to 255. ReLU6 is not an operation: the range of the convolution before it is
+  observed after the ReLU6, so it lies within [0, 6] with zero point 0, and saturation is the clamp.
 - Weights are symmetric (zero point 0), so that a pruned weight is exactly 0 in int8.
-- A bias is a whole number of accumulator steps (scale of the input times scale of the weight), without
-  needless digits (`bias_units`), so that engines that hold biases as int32 compute the same as those that
-  hold floats.
+- A bias is a whole number of accumulator steps (input scale times weight scale), no finer than needed
+  (`bias_units`), so that engines with int32 biases compute the same as engines with float biases.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +20,7 @@ from models import MobileNetV2
 from models.folding import INPUT, POOL, Operation, walk
 
 BIAS_UNITS_PER_STEP = 4
-"""Biases are rounded to a quarter of a step of their layer's output, or finer."""
+"""Biases are rounded to a quarter of an output step of their layer, or finer."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Int8Model:
         weights: int8, in the shape of the float weight, by layer.
         scales: float32 (out_channels,), or (1,) if quantized per tensor, by layer.
         biases: float32 (out_channels,), by layer.
-        activations: of the images (INPUT) and of the output of each operation but the pooling.
+        activations: qparams of the images (INPUT) and of the output of each operation except the pooling.
     """
 
     architecture: dict[str, Any]
@@ -62,18 +60,18 @@ class Int8Model:
         return operations_of(self.architecture)
 
     def qparams(self, name: str) -> QParams:
-        """Return those of the output of an operation; the pooling keeps those of its input."""
+        """Return the qparams of the output of an operation; the pooling keeps those of its input."""
         if name == POOL:
             (name,) = next(op.inputs for op in self.operations if op.name == POOL)
         return self.activations[name]
 
     def input_scale(self, layer: str) -> float:
-        """Return the scale of what a layer takes."""
+        """Return the scale of the input of a layer."""
         (source,) = next(op.inputs for op in self.operations if op.name == layer)
         return self.qparams(source).scale
 
     def bias_units(self, layer: str) -> Tensor:
-        """Return what the biases of a layer are multiples of: float64 (out_channels,) or (1,)."""
+        """Return the `bias_units` of a layer: float64 (out_channels,) or (1,)."""
         steps = self.input_scale(layer) * self.scales[layer].double()
         return bias_units(steps, self.activations[layer].scale)
 
@@ -107,6 +105,12 @@ def activation_names(architecture: dict[str, Any]) -> list[str]:
     return [INPUT, *(op.name for op in operations_of(architecture) if op.kind != "pool")]
 
 
+def layer_shapes(architecture: dict[str, Any]) -> dict[str, torch.Size]:
+    """Return the shape of the weight of each layer, in forward order."""
+    operations = operations_of(architecture)
+    return {op.name: op.layer.weight.shape for op in operations if op.layer is not None}
+
+
 @lru_cache(maxsize=8)
 def _operations(architecture: tuple[tuple[str, Any], ...]) -> list[Operation]:
     with torch.device("meta"):
@@ -114,16 +118,15 @@ def _operations(architecture: tuple[tuple[str, Any], ...]) -> list[Operation]:
 
 
 def bias_units(steps: Tensor, output_scale: float) -> Tensor:
-    """Return what the biases of an int8 layer are multiples of, float64.
+    """Return the units that the biases of an int8 layer are multiples of, float64.
 
     Args:
-        steps: float64 (out_channels,) or (1,), of the accumulator: the scale of the input times that
-            of the weight.
+        steps: accumulator steps, the input scale times the weight scale: float64 (out_channels,) or (1,).
         output_scale: of the layer.
 
     Returns:
-        The steps, each times the power of two that brings it up to 1/BIAS_UNITS_PER_STEP of the output's
-        scale, or just below; larger ones stay.
+        Each step times the largest power of two, at least 1, that keeps it within
+        output_scale / BIAS_UNITS_PER_STEP; larger steps stay as they are.
     """
     ratio = output_scale / BIAS_UNITS_PER_STEP / steps
     return torch.ldexp(steps, (torch.frexp(ratio).exponent - 1).clamp(min=0))

@@ -1,13 +1,13 @@
-"""How scales and zero points are chosen: plain tensors in, plain tensors out.
+"""Chooses scales and zero points: plain tensors in, plain tensors out.
 
 Weights are scaled so that no kernel overflows. Kernels for x86 CPUs without VNNI, and fbgemm's depthwise
-ones on any, add two neighbouring products in 16 bits, which saturates without a word
-(2 * 255 * 127 > 32767). torch's answer is to halve the range of all activations (`reduce_range`); here two
-neighbouring weights of a filter add up to 128 at most, which costs less and gives the same numbers on
-every CPU.
+kernels on any CPU, add two neighbouring products in 16 bits, which saturates silently
+(2 * 255 * 127 > 32767). torch avoids this by halving the range of all activations (`reduce_range`). Here,
+two neighbouring weights of a filter sum to at most 128, which costs less accuracy and gives the same
+results on every CPU.
 
-Scales of weights take few different values (`scale_from_index`), since a model has thousands of them,
-which a packed file holds as well.
+Weight scales are restricted to a few values (`scale_from_index`), since packed files store thousands of
+them.
 """
 
 import torch
@@ -16,26 +16,26 @@ from torch import Tensor, nn
 LARGEST_PAIR = 128
 """Two int8 weights of this sum, times activations of 255, make 32640: a 16-bit number."""
 SMALLEST_SCALE = 2.0**-20
-"""A channel without any weight would have scale 0, by which its bias is divided."""
+"""A channel whose weights are all zero would have scale 0, by which its bias is divided."""
 SCALES_PER_OCTAVE = 8
 """Scales of weights are 2**((k + 0.5) / 8). Without the half, the scale of a layer's input times that of
 a weight would be a power of two times that of the output wherever both activations take all of ReLU6's
 range, and many sums would lie halfway between two quantized values, where engines round differently."""
 SCALES_OF_AN_OCTAVE = torch.tensor([2 ** ((k + 0.5) / SCALES_PER_OCTAVE) for k in range(SCALES_PER_OCTAVE)])
 SHRINKS = torch.linspace(1.0, 0.3, 36)
-"""Fractions of the observed range that are tried for an activation."""
+"""Fractions of the observed range to try for an activation."""
 
 
 def choose_weight_scale(weight: Tensor, per_channel: bool, bits: int = 8) -> Tensor:
     """Choose the scale of a symmetric int8 weight (out_channels, ...).
 
-    With 8 bits, a scale is chosen for the largest sum of two weights of one sign that a kernel adds up
-    in 16 bits: those at places 0 and 1, 2 and 3, ... of a filter. With fewer bits no two quantized values
-    exceed LARGEST_PAIR, and the largest weight decides: it fits, or is clipped by a twelfth at most where
-    that leaves a smaller squared error. To clip more for a still smaller error gained no accuracy, dense
-    or pruned, and cost bytes.
+    With 8 bits, the largest pair decides: two weights of the same sign at positions 0 and 1, 2 and 3, ... of
+    a filter, which a kernel adds in 16 bits. With fewer bits no pair exceeds LARGEST_PAIR and the largest
+    weight decides: it fits, or is clipped by at most a twelfth where that lowers the squared error.
+    Clipping more did not improve the accuracy of dense or pruned models and made packed files larger.
 
-    A scale is the next one of SCALES_PER_OCTAVE, 4 % larger on average, and takes a fifth of the bytes.
+    Scales are rounded up to one of SCALES_PER_OCTAVE values, by 4 % on average, which makes them a fifth of
+    the size in a packed file.
 
     Args:
         weight: float32.
@@ -67,23 +67,23 @@ def _squared_error(weight: Tensor, scale: Tensor, largest: int) -> Tensor:
 
 
 def scale_index(scales: Tensor) -> Tensor:
-    """Return the number of the next possible scale of a weight upwards, counted from SMALLEST_SCALE."""
+    """Return the index of the smallest allowed scale at or above each scale, from SMALLEST_SCALE."""
     octaves = (scales.double() / SMALLEST_SCALE).log2()
-    # A scale that is possible is its own, though it is rounded to a float32.
+    # The margin maps an allowed scale, rounded to float32, to its own index.
     return (SCALES_PER_OCTAVE * octaves - 0.5 - 1e-5).ceil().clamp(min=0).int()
 
 
 def scale_from_index(index: Tensor) -> Tensor:
-    """Return the scale that `scale_index` numbers: float32."""
+    """Return the float32 scale of an index; the inverse of `scale_index`."""
     octaves = index.div(SCALES_PER_OCTAVE, rounding_mode="floor")
     scales = SCALES_OF_AN_OCTAVE.to(index.device)[index.remainder(SCALES_PER_OCTAVE)]
     return torch.ldexp(scales * SMALLEST_SCALE, octaves)
 
 
 def largest_pair(weight: Tensor) -> Tensor:
-    """Return the largest magnitude (out_channels,) of the sums of neighbouring weights of one sign.
+    """Return the largest absolute sum (out_channels,) of two neighbouring weights of the same sign.
 
-    Places are counted as kernels do: the input channel fastest, then the column, then the row.
+    Positions are in the order of the kernels: the input channel varies fastest, then column, then row.
     """
     filters = weight.movedim(1, -1).flatten(1)
     if filters.shape[1] % 2:
@@ -96,13 +96,13 @@ def largest_pair(weight: Tensor) -> Tensor:
 def choose_activation_qparams(histogram: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Choose the scale and zero point that quantize an activation to 0..255 with the least squared error.
 
-    A few outliers would widen the range and coarsen all other values; clipping them costs less. The
-    candidates are the observed range with each end drawn in toward zero by the fractions of SHRINKS.
+    Clipping a few outliers costs less than the coarser step that a wider range would give all other values.
+    The candidates are the observed range with each end multiplied by the fractions in SHRINKS.
 
     Args:
         histogram: counts (bins,) of the values between `low` and `high`.
-        low: smallest value seen, a scalar.
-        high: largest value seen.
+        low: smallest observed value, a scalar.
+        high: largest observed value, a scalar.
 
     Returns:
         Scale (float32) and zero point (int32), each of shape (1,).
