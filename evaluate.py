@@ -17,7 +17,7 @@ from utils.common.errors import UserError
 from utils.common.files import file_size_mb
 from utils.common.tables import format_table
 from utils.data.datasets import load_data
-from utils.data.loader import Batches
+from utils.data.loader import Loader
 from utils.evaluation import Evaluation, evaluate
 from utils.open_model import ModelFile, open_model
 
@@ -119,7 +119,7 @@ def main(args: argparse.Namespace) -> None:
     normalization = file.fit(data)
     split = data.split(args.split)
     batches = tqdm(
-        Batches(split, normalization, args.batch_size),
+        Loader(split, normalization, args.batch_size),
         desc=f"evaluating on {args.split}",
         leave=False,
         disable=not sys.stderr.isatty(),

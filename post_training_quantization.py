@@ -12,7 +12,7 @@ from utils.checkpoints.weights import complete
 from utils.common import cli, errors, runtime
 from utils.common.files import check_output
 from utils.data.datasets import load_data
-from utils.data.loader import Batches
+from utils.data.loader import Loader
 from utils.deployment.comparison import (
     add_quantization_arguments,
     calibration_batches,
@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
         int8 = post_training_quantize(calibrated, per_channel, args.weight_bits)
         models[variant] = correct_biases(int8, models["float"], calibration)
     print("[2/3] evaluating on test images", flush=True)
-    test = Batches(data.test, weights.normalization, args.batch_size, limit=args.num_eval_batches)
+    test = Loader(data.test, weights.normalization, args.batch_size, limit=args.num_eval_batches)
     deployments = {
         variant: deploy(variant, model, weights, args.backend, test) for variant, model in models.items()
     }

@@ -24,7 +24,7 @@ from utils.common import cli, distributed, errors, files
 from utils.common.devices import device_of
 from utils.common.errors import UserError
 from utils.data.datasets import ImageData, load_data
-from utils.data.loader import Batches
+from utils.data.loader import Loader
 from utils.evaluation import evaluate
 from utils.open_model import open_teacher
 from utils.open_weights import open_weights
@@ -151,7 +151,7 @@ def main(args: argparse.Namespace) -> None:
     pruner.apply()
     print(format_layers(pruner), end="\n\n")
     print(format_density(model_statistics(pruned, weights.image_size)), end="\n\n", flush=True)
-    test = Batches(data.test, weights.normalization, EVALUATION_BATCH_SIZE)
+    test = Loader(data.test, weights.normalization, EVALUATION_BATCH_SIZE)
     results = {
         "dense": evaluate(weights.model.to(device), test),
         "pruned": evaluate(pruned.to(device), test),

@@ -14,7 +14,7 @@ from models.folding import fold_batch_norms
 from utils.checkpoints.weights import Weights, complete
 from utils.common import cli, distributed, errors
 from utils.data.datasets import ImageData, load_data
-from utils.data.loader import Batches
+from utils.data.loader import Loader
 from utils.deployment.comparison import (
     add_quantization_arguments,
     calibration_batches,
@@ -138,7 +138,7 @@ def main(args: argparse.Namespace) -> None:
     if not distributed.is_main():
         return  # Latency is measured while no other process computes.
 
-    test = Batches(data.test, weights.normalization, args.batch_size, limit=args.num_eval_batches)
+    test = Loader(data.test, weights.normalization, args.batch_size, limit=args.num_eval_batches)
     metrics = progress.metrics()
     deployments = [
         deploy("float", fold_batch_norms(weights.model), weights, args.backend, test),

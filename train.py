@@ -16,7 +16,7 @@ from utils.checkpoints.weights import Weights, save_weights
 from utils.common import cli, distributed, errors, files
 from utils.common.errors import UserError
 from utils.data.datasets import load_data, measure_normalization
-from utils.data.loader import Batches
+from utils.data.loader import Loader
 from utils.evaluation import evaluate
 from utils.open_model import open_teacher
 from utils.open_weights import open_weights
@@ -164,7 +164,7 @@ def main(args: argparse.Namespace) -> None:
     if not distributed.is_main():
         return
 
-    test = evaluate(run.selected, Batches(data.test, weights.normalization, EVALUATION_BATCH_SIZE))
+    test = evaluate(run.selected, Loader(data.test, weights.normalization, EVALUATION_BATCH_SIZE))
     metrics = {
         **progress.metrics(),
         "test_accuracy_pct": test.accuracy_pct,

@@ -39,7 +39,7 @@ from utils.common.errors import UserError
 from utils.common.optional_packages import import_optional
 from utils.common.tables import format_table
 from utils.data.datasets import ImageData, load_data
-from utils.data.loader import Batches
+from utils.data.loader import Loader
 from utils.deployment.latency import Latency, measure_fastest_forms
 from utils.deployment.onnx import to_onnx
 from utils.deployment.torchscript import float_forms, to_torchscript
@@ -105,7 +105,7 @@ def random_weights(data: ImageData, output_stride: int) -> Weights:
             module.momentum = None  # the mean over all batches
     model.train()
     with torch.no_grad():
-        for images, _ in Batches(data.train, weights.normalization, 64, shuffle=True, limit=SETTLING_BATCHES):
+        for images, _ in Loader(data.train, weights.normalization, 64, shuffle=True, limit=SETTLING_BATCHES):
             model(images)
     model.eval()
     return weights
@@ -160,7 +160,7 @@ def gather(
 ) -> dict[str, Contestant]:
     """All contestants, quantized on the same training images."""
     limit = args.num_calibration_batches
-    batches = Batches(data.train, weights.normalization, 32, shuffle=True, limit=limit, seed=args.seed)
+    batches = Loader(data.train, weights.normalization, 32, shuffle=True, limit=limit, seed=args.seed)
     quantization.use_engine(args.backends[0])
     folded = fold_batch_norms(weights.model)
     calibrated = quantization.calibrate(weights.model, batches)
@@ -180,7 +180,7 @@ def compare_outputs(
 ) -> dict[str, dict[str, float]]:
     """By name: how far logits and classes lie from those of the float model, and the accuracy."""
     split = data.test.subset(torch.arange(min(num_images, len(data.test))))
-    batches = Batches(split, weights.normalization, COMPARE_BATCH_SIZE, drop_last=True)
+    batches = Loader(split, weights.normalization, COMPARE_BATCH_SIZE, drop_last=True)
     expected = torch.cat([weights.model(images) for images, _ in batches])
     labels = split.labels[: len(expected)]
     outputs = {}

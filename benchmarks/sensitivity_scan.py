@@ -24,7 +24,7 @@ from utils.common import cli, errors, runtime
 from utils.common.errors import UserError
 from utils.common.tables import format_table
 from utils.data.datasets import ImageData, load_data
-from utils.data.loader import Batches
+from utils.data.loader import Loader
 from utils.evaluation import Evaluation, evaluate
 from utils.open_weights import open_weights
 from utils.pruning.scanning_log import LOSS_DECIMALS, Point
@@ -70,7 +70,7 @@ def load_or_draw_weights(args: argparse.Namespace) -> tuple[Weights, ImageData]:
     data = load_data(args)
     model = MobileNetV2(len(data.class_names), output_stride=args.output_stride)
     weights = complete("random weights", Weights(model), data)
-    batches = Batches(data.train, weights.normalization, 64, limit=SETTLING_BATCHES)
+    batches = Loader(data.train, weights.normalization, 64, limit=SETTLING_BATCHES)
     model.train()
     with torch.no_grad():
         for images, _ in batches:
@@ -103,7 +103,7 @@ def main(args: argparse.Namespace) -> None:
     split = data.test
     if args.images:
         split = split.subset(torch.arange(min(args.images, len(split))))
-    batches = Batches(split, weights.normalization, args.batch_size)
+    batches = Loader(split, weights.normalization, args.batch_size)
     model = weights.model.eval().to(memory_format=torch.channels_last)
     whole_plan = scan_plan(model, args.sparsities)
     layers = list(dict.fromkeys(name for name, _ in whole_plan))[:: args.every]

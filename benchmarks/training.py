@@ -32,7 +32,7 @@ from models.mobilenetv2 import OUTPUT_STRIDES
 from utils.common import cli, errors, runtime
 from utils.common.tables import format_table
 from utils.data.datasets import Normalization, Split, load_data, measure_normalization
-from utils.data.loader import Batches
+from utils.data.loader import Loader
 from utils.training.kernels.layers import use_fast_layers
 from utils.training.loop import cross_entropy, train_one_epoch
 from utils.training.optimization import MOMENTUM
@@ -110,7 +110,7 @@ class OurLoop:
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=LR, momentum=MOMENTUM, nesterov=True, fused=True
         )
-        batches = Batches(
+        batches = Loader(
             split, normalization, case.batch_size, shuffle=True, augment="crop_flip", drop_last=True
         )
         self.batches = itertools.chain.from_iterable(

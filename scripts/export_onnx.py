@@ -21,7 +21,7 @@ from utils.common.errors import UserError
 from utils.common.files import atomic_write, check_output, file_size_mb
 from utils.common.optional_packages import import_optional
 from utils.data.datasets import ImageData, load_data
-from utils.data.loader import Batches
+from utils.data.loader import Loader
 from utils.deployment.onnx import (
     Difference,
     check_difference,
@@ -58,7 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_batches(file: ModelFile, data: ImageData, args: argparse.Namespace) -> Batches:
+def check_batches(file: ModelFile, data: ImageData, args: argparse.Namespace) -> Loader:
     """Return --num_check_images test images, or all; whole batches if --batch_size is fixed.
 
     Raises:
@@ -68,14 +68,14 @@ def check_batches(file: ModelFile, data: ImageData, args: argparse.Namespace) ->
     if args.batch_size is None:
         # The last batch is usually smaller, which checks that the batch size is free.
         split = split.subset(torch.arange(min(args.num_check_images, len(split))))
-        return Batches(split, file.fit(data), CHECK_BATCH_SIZE)
+        return Loader(split, file.fit(data), CHECK_BATCH_SIZE)
     if args.batch_size > len(split):
         raise UserError(
             f"--batch_size {args.batch_size} is more than the {len(split)} test images, on which the file "
             "is checked: give a smaller one"
         )
     limit = -(-args.num_check_images // args.batch_size)
-    return Batches(split, file.fit(data), args.batch_size, drop_last=True, limit=limit)
+    return Loader(split, file.fit(data), args.batch_size, drop_last=True, limit=limit)
 
 
 def describe(difference: Difference, step: float | None) -> str:

@@ -22,7 +22,7 @@ from utils.common import cli, distributed, errors, files, runtime
 from utils.common.devices import add_device_argument, choose_device
 from utils.common.errors import UserError
 from utils.data.datasets import load_data
-from utils.data.loader import Batches
+from utils.data.loader import Loader
 from utils.evaluation import evaluate
 from utils.open_weights import open_weights
 from utils.pruning.plots import plot_sensitivity
@@ -94,7 +94,7 @@ def format_header(log: ScanningLog) -> str:
     return f"{'accuracy % at sparsity':<22}{''.join(f'{level:9g}' for level in levels)}  recommended"
 
 
-def scan(weights: Weights, batches: Batches, log: ScanningLog) -> None:
+def scan(weights: Weights, batches: Loader, log: ScanningLog) -> None:
     """Measure what the log lacks; write the rows of a layer together and print a line.
 
     Raises:
@@ -151,7 +151,7 @@ def main(args: argparse.Namespace) -> None:
     data = load_data(args, weights.image_size)
     weights = complete(args.weights, weights, data)
     split = data.split(args.split)
-    batches = Batches(split, weights.normalization, args.batch_size)
+    batches = Loader(split, weights.normalization, args.batch_size)
     # As the images lie in memory.
     model = weights.model.to(memory_format=torch.channels_last)
     statistics = model_statistics(model, weights.image_size)

@@ -87,7 +87,7 @@ def tiny_qmodel(tiny_folder, tmp_path_factory) -> Path:
     from models import MobileNetV2, MobileNetV2Quantization
     from utils.checkpoints.weights import Weights, save_weights
     from utils.data.datasets import load_data, measure_normalization
-    from utils.data.loader import Batches
+    from utils.data.loader import Loader
     from utils.training.loop import cross_entropy, train_one_epoch
 
     data = load_data(Namespace(dataset="folder", data_dir=tiny_folder, image_size=None, val_size=None))
@@ -97,7 +97,7 @@ def tiny_qmodel(tiny_folder, tmp_path_factory) -> Path:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 12 * 6)
     for epoch in range(12):
-        batches = Batches(data.train, normalization, 27, shuffle=True, epoch=epoch)
+        batches = Loader(data.train, normalization, 27, shuffle=True, epoch=epoch)
         train_one_epoch(model, batches, optimizer, cross_entropy(), [schedule.step])
     path = tmp_path_factory.mktemp("qmodel") / "qmodel.pth"
     qmodel = MobileNetV2Quantization.from_float(model)

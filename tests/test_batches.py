@@ -6,15 +6,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+from utils.data.augmentation import AUGMENTATIONS, CROP_PADDING, TRIVIALAUGMENT_GROUP, augment_images
 from utils.data.datasets import Normalization, Split
-from utils.data.loader import (
-    AUGMENTATIONS,
-    CROP_PADDING,
-    TRIVIALAUGMENT_GROUP,
-    Batches,
-    augment_images,
-    normalize,
-)
+from utils.data.loader import Loader, normalize
 
 NORMALIZATION = Normalization((0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
 IDENTITY = Normalization((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))
@@ -67,7 +61,7 @@ def test_normalize_equals_torchvision(split):
 
 def test_batches_lie_channels_last_in_memory(split):
     for augment in AUGMENTATIONS:
-        for images, _ in Batches(split, NORMALIZATION, 8, augment=augment):
+        for images, _ in Loader(split, NORMALIZATION, 8, augment=augment):
             assert images.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -98,7 +92,7 @@ def test_a_flip_mirrors_half_of_the_images_and_moves_none():
 
 @pytest.mark.parametrize("size", [1, 5, 8])
 def test_cutout_zeroes_one_square_clipped_at_the_edge(size, monkeypatch):
-    monkeypatch.setattr("utils.data.loader.CROP_PADDING", 0)
+    monkeypatch.setattr("utils.data.augmentation.CROP_PADDING", 0)
     white = torch.full((4000, 3, SIDE, SIDE), 255, dtype=torch.uint8)
     cut = augment_images(white, "crop_flip_cutout", size, seeded())
     assert torch.equal(cut.unique(), torch.tensor([0, 255], dtype=torch.uint8))
@@ -148,13 +142,13 @@ def test_augmenting_takes_nothing_from_the_global_generator(split):
 @pytest.mark.parametrize("augment", AUGMENTATIONS)
 def test_augmenting_leaves_the_split_as_it_is(split, augment):
     before = split.images.clone()
-    for _ in Batches(split, NORMALIZATION, 8, shuffle=True, augment=augment):
+    for _ in Loader(split, NORMALIZATION, 8, shuffle=True, augment=augment):
         pass
     assert torch.equal(split.images, before)
 
 
 def test_evaluation_sees_every_image_once_in_order_and_unchanged(split):
-    batches = list(Batches(split, NORMALIZATION, 16))
+    batches = list(Loader(split, NORMALIZATION, 16))
     assert [len(labels) for _, labels in batches] == [16, 16, 16, 2]
     assert torch.equal(torch.cat([labels for _, labels in batches]), split.labels)
     images = torch.cat([images for images, _ in batches])
@@ -163,7 +157,7 @@ def test_evaluation_sees_every_image_once_in_order_and_unchanged(split):
 
 def test_shuffling_keeps_each_image_with_its_label(split):
     seen = []
-    for images, labels in Batches(split, IDENTITY, 16, shuffle=True):
+    for images, labels in Loader(split, IDENTITY, 16, shuffle=True):
         torch.testing.assert_close(images, split.images[labels].float(), rtol=0, atol=1e-3)
         seen += labels.tolist()
     assert sorted(seen) == list(range(50))
@@ -173,7 +167,7 @@ def test_shuffling_keeps_each_image_with_its_label(split):
 @pytest.mark.parametrize("augment", AUGMENTATIONS)
 def test_batches_depend_on_seed_and_epoch_alone(split, augment):
     def drawn(seed, epoch):
-        batches = Batches(split, IDENTITY, 16, shuffle=True, augment=augment, seed=seed, epoch=epoch)
+        batches = Loader(split, IDENTITY, 16, shuffle=True, augment=augment, seed=seed, epoch=epoch)
         images, labels = zip(*batches, strict=True)
         return torch.cat(images), torch.cat(labels)
 
@@ -203,7 +197,7 @@ def test_batches_depend_on_seed_and_epoch_alone(split, augment):
     ],
 )
 def test_sizes_of_batches(split, batch_size, drop_last, limit, sizes):
-    batches = Batches(split, NORMALIZATION, batch_size, drop_last=drop_last, limit=limit)
+    batches = Loader(split, NORMALIZATION, batch_size, drop_last=drop_last, limit=limit)
     assert len(batches) == len(sizes)
     assert [len(labels) for _, labels in batches] == sizes
     shuffled = replace(batches, shuffle=True)

@@ -12,7 +12,7 @@ from tests.conftest import REPOSITORY, TINY_CLASSES
 from utils.checkpoints.weights import Weights, save_weights
 from utils.common.errors import UserError
 from utils.data.datasets import load_data
-from utils.data.loader import Batches
+from utils.data.loader import Loader
 from utils.deployment.comparison import deploy
 from utils.deployment.onnx import (
     Difference,
@@ -72,7 +72,7 @@ def int8_models(pruned_weights, data):
     quantization.use_engine("fbgemm" if "fbgemm" in supported else "qnnpack")
     weights = open_weights(pruned_weights)
     qmodel = MobileNetV2Quantization.from_float(weights.model)
-    calibrated = quantization.calibrate(qmodel, Batches(data.train, weights.normalization, 32, limit=2))
+    calibrated = quantization.calibrate(qmodel, Loader(data.train, weights.normalization, 32, limit=2))
     yield {
         "ptq_per_tensor": quantization.post_training_quantize(calibrated, per_channel=False),
         "ptq_per_channel": quantization.post_training_quantize(calibrated, per_channel=True),
@@ -85,7 +85,7 @@ def int8_files(int8_models, pruned_weights, data, tmp_path_factory):
     """Their TorchScript files."""
     weights, files = open_weights(pruned_weights), {}
     for variant, model in int8_models.items():
-        batches = Batches(data.test, weights.normalization, 32)
+        batches = Loader(data.test, weights.normalization, 32)
         files[variant] = tmp_path_factory.mktemp("int8") / f"{variant}.pt"
         deploy(variant, model, weights, torch.backends.quantized.engine, batches).save(files[variant])
     return files
@@ -103,7 +103,7 @@ def arrays_of(onnx, model) -> dict[str, np.ndarray]:
 
 
 def images_of(data, path, count: int) -> torch.Tensor:
-    images, _ = next(iter(Batches(data.test, open_weights(path).normalization, count)))
+    images, _ = next(iter(Loader(data.test, open_weights(path).normalization, count)))
     return images
 
 
@@ -163,7 +163,7 @@ def test_int8_weights_and_scales_are_ours(onnx, variant, int8_models, int8_files
 def test_int8_outputs_are_ours(onnx, variant, int8_files, data, pruned_weights):
     file = open_model(int8_files[variant])
     model = exported(int8_files[variant])
-    batches = Batches(data.test, open_weights(pruned_weights).normalization, 40)
+    batches = Loader(data.test, open_weights(pruned_weights).normalization, 40)
     run = start_session(model.SerializeToString(), threads=1)
     difference = compare_logits(file.model, run, batches)
     assert difference.images == len(data.test)

@@ -14,7 +14,7 @@ from models.folding import INPUT, fold_batch_norms
 from models.statistics import prunable_layers
 from utils.common.errors import UserError
 from utils.data.datasets import load_data
-from utils.data.loader import Batches, normalize
+from utils.data.loader import Loader, normalize
 from utils.evaluation import evaluate
 from utils.open_weights import open_weights
 from utils.pruning.pruner import FineGrainedPruner
@@ -60,7 +60,7 @@ def data(tiny_folder):
 @pytest.fixture(scope="module")
 def batches(weights, data):
     """For calibration and for a few steps of training."""
-    return Batches(data.train, weights.normalization, 27, shuffle=True)
+    return Loader(data.train, weights.normalization, 27, shuffle=True)
 
 
 @pytest.fixture(scope="module")
@@ -322,7 +322,7 @@ def test_int8_answers_as_float_does(weights, calibrated, data, test_images, name
         model = post_training_quantize(calibrated, per_channel)
         found = logits_of(model, test_images)
         assert signal_to_noise_db(expected, found) > 15
-        batches = Batches(data.test, weights.normalization, batch_size=32)
+        batches = Loader(data.test, weights.normalization, batch_size=32)
         accuracy_pct = evaluate(to_module(model), batches).accuracy_pct
         assert abs(accuracy_pct - float_accuracy_pct) <= 3
 

@@ -20,7 +20,7 @@ from tests.test_distributed import free_port
 from utils.checkpoints.weights import Weights, save_weights
 from utils.common.errors import UserError
 from utils.data.datasets import Normalization, Split
-from utils.data.loader import Batches
+from utils.data.loader import Loader
 from utils.evaluation import Evaluation, evaluate
 from utils.open_weights import open_weights
 from utils.pruning import sensitivity
@@ -49,13 +49,13 @@ def test_the_smallest_sparsity_at_or_above_the_threshold(accuracies_pct, thresho
     assert recommend([0.9, 0.7, 0.5], accuracies_pct[::-1], threshold_pct) == expected
 
 
-def learned_model() -> tuple[MobileNetV2, Batches]:
+def learned_model() -> tuple[MobileNetV2, Loader]:
     """A model whose weights hold ties and negative zeros, and images that it tells apart in part."""
     torch.manual_seed(0)
     model = MobileNetV2(num_classes=3, width_mult=0.1, output_stride=32)
     model = model.to(memory_format=torch.channels_last)
     images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
-    batches = Batches(Split(images, torch.randint(3, (64,))), Normalization((0.5,) * 3, (0.25,) * 3), 32)
+    batches = Loader(Split(images, torch.randint(3, (64,))), Normalization((0.5,) * 3, (0.25,) * 3), 32)
     model.train()
     with torch.no_grad():
         for _ in range(3):

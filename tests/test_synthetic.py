@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from utils.data.datasets import Normalization, Split, synthetic
-from utils.data.loader import Batches
+from utils.data.loader import Loader
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +74,11 @@ def test_a_small_net_learns_it_in_three_epochs(drawn):
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16, 10))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for epoch in range(3):
-        for images, labels in Batches(train, normalization, 64, shuffle=True, epoch=epoch):
+        for images, labels in Loader(train, normalization, 64, shuffle=True, epoch=epoch):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(images), labels).backward()
             optimizer.step()
     with torch.inference_mode():
         model.eval()
-        hits = [(model(x).argmax(1) == y).sum() for x, y in Batches(test, normalization, 500)]
+        hits = [(model(x).argmax(1) == y).sum() for x, y in Loader(test, normalization, 500)]
     assert 60 < 100 * sum(hits).item() / len(test) < 99

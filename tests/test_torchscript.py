@@ -17,7 +17,7 @@ from tests.conftest import REPOSITORY
 from utils.checkpoints.metadata import FORMAT_VERSION, Metadata
 from utils.common.errors import UserError
 from utils.data.datasets import Normalization, load_data
-from utils.data.loader import Batches
+from utils.data.loader import Loader
 from utils.deployment.torchscript import (
     METADATA_FILE,
     float_forms,
@@ -61,7 +61,7 @@ def models(tiny_qmodel, tiny_folder) -> dict[str, nn.Module | Int8Model]:
     use_engine(ENGINE)
     weights = open_weights(tiny_qmodel, "qmodel")
     data = load_data(Namespace(dataset="folder", data_dir=tiny_folder, image_size=None, val_size=None))
-    batches = Batches(data.train, weights.normalization, 54)
+    batches = Loader(data.train, weights.normalization, 54)
     calibrated = calibrate(weights.model, batches)
     trained = prepare_qat(weights.model)
     calibrate_qat(trained, batches)

@@ -1,18 +1,18 @@
 """Accuracy and loss of a model on a split."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.common.devices import device_of, on_device
 from utils.common.distributed import all_reduce_sum
-from utils.data.loader import Batches
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Counts of right answers, in all and by class, and the mean cross-entropy an image (nats)."""
+    """Counts of right answers, in all and by class, and the mean cross-entropy per image (nats)."""
 
     correct: int
     total: int
@@ -22,30 +22,25 @@ class Evaluation:
 
     @property
     def accuracy_pct(self) -> float:
-        """Right answers in percent."""
+        """Share of right answers in percent."""
         return 100 * self.correct / self.total
 
 
 @torch.inference_mode()
-def evaluate(
-    model: nn.Module, batches: Batches, num_batches: int | None = None, sharded: bool = False
-) -> Evaluation:
-    """Evaluate `model` (in eval mode for the time of the call) on at most `num_batches` batches.
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], sharded: bool = False) -> Evaluation:
+    """Evaluate `model`, in eval mode for the time of the call.
 
     Args:
         model: maps images (B, 3, H, W) to logits (B, classes); float, quantized or scripted. It runs
             where it is.
         batches: of the split to evaluate on.
-        num_batches: None for all.
         sharded: whether each process of a run over several has a slice of each batch, so that the
             counts of all are added up; every process must make the call then.
     """
     was_training = model.training
     model.eval()
     losses, hits, labels_seen = [], [], []
-    for index, (images, labels) in enumerate(on_device(batches, device_of(model))):
-        if index == num_batches:
-            break
+    for images, labels in on_device(batches, device_of(model)):
         logits = model(images)
         losses.append(nn.functional.cross_entropy(logits, labels, reduction="sum"))
         hits.append(logits.argmax(1) == labels)

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 
 from utils.common import distributed
 from utils.common.errors import UserError
@@ -71,7 +70,9 @@ def cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes."""
+    """Return the versions of what computes."""
+    import torchvision  # takes a second, and --help does not need it
+
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # a class of its own, which torch.load refuses

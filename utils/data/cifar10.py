@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from http.client import HTTPException
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torchvision.datasets import CIFAR10
 
 from utils.common.errors import UserError, one_line
 from utils.data.image_folder import LabelledImages
+
+if TYPE_CHECKING:
+    from torchvision.datasets import CIFAR10
 
 NETWORK_TIMEOUT_S = 20.0
 
@@ -24,6 +27,8 @@ def load(data_dir: Path) -> tuple[LabelledImages, LabelledImages, list[str]]:
     Raises:
         UserError: the files are missing or damaged, and the download failed.
     """
+    from torchvision.datasets import CIFAR10  # takes a second, and only this needs it
+
     folder = data_dir / CIFAR10.base_folder
     was_there = folder.exists()
     if not was_there:
@@ -42,7 +47,7 @@ def load(data_dir: Path) -> tuple[LabelledImages, LabelledImages, list[str]]:
     return _labelled(train), _labelled(test), train.classes
 
 
-def _labelled(dataset: CIFAR10) -> LabelledImages:
+def _labelled(dataset: "CIFAR10") -> LabelledImages:
     # The files hold planes of one colour; the copy holds pixels, as the other sources do.
     return torch.from_numpy(np.ascontiguousarray(dataset.data)), torch.tensor(dataset.targets)
 

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from utils.common.errors import UserError, one_line
 from utils.common.files import save_torch
 
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""torchvision's."""
 SPLITS = ("train", "test")
 CACHE_FORMAT = 2
 TEST_ORDER_SEED = 0

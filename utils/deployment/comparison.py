@@ -17,7 +17,7 @@ from utils.common.files import BYTES_PER_MB
 from utils.common.runtime import cpu_name
 from utils.common.tables import format_table
 from utils.data.datasets import ImageData, Normalization
-from utils.data.loader import Batches
+from utils.data.loader import Loader
 from utils.deployment.latency import measure_fastest_forms
 from utils.deployment.torchscript import (
     float_forms,
@@ -74,9 +74,9 @@ def add_quantization_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def calibration_batches(data: ImageData, normalization: Normalization, args: Namespace) -> Batches:
+def calibration_batches(data: ImageData, normalization: Normalization, args: Namespace) -> Loader:
     """Return training images to calibrate on: not augmented, shuffled by the seed."""
-    return Batches(
+    return Loader(
         data.train,
         normalization,
         args.batch_size,
@@ -110,7 +110,7 @@ def deploy(
     model: MobileNetV2 | Int8Model,
     weights: Weights,
     engine: str,
-    batches: Batches,
+    batches: Loader,
     metrics: dict[str, Any] | None = None,
 ) -> Deployment:
     """Convert a model to TorchScript and evaluate the result.

@@ -23,7 +23,7 @@ from models.folding import INPUT, Operation, walk
 from utils.checkpoints.metadata import Metadata
 from utils.common.errors import UserError
 from utils.common.optional_packages import import_optional
-from utils.data.loader import Batches
+from utils.data.loader import Loader
 from utils.quantization.int8_model import Int8Model
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class Difference:
 
 @torch.inference_mode()
 def compare_logits(
-    ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], batches: Batches
+    ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], batches: Loader
 ) -> Difference:
     """Run both models on the same batches and compare their logits."""
     pairs = [(ours(images), theirs(images)) for images, _ in batches]

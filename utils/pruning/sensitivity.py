@@ -26,7 +26,7 @@ from utils.checkpoints.weights import Weights
 from utils.common import distributed
 from utils.common.devices import device_of, on_device
 from utils.data.datasets import Split
-from utils.data.loader import Batches
+from utils.data.loader import Loader
 from utils.evaluation import Evaluation, evaluate
 from utils.pruning.pruner import FineGrainedPruner
 from utils.pruning.scanning_log import LOSS_DECIMALS, Point
@@ -60,7 +60,7 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().contiguous().view(-1).numpy().data.cast("B")
 
 
-def measure(model: MobileNetV2, batches: Batches, plan: Sequence[Point]) -> Iterator[Evaluation]:
+def measure(model: MobileNetV2, batches: Loader, plan: Sequence[Point]) -> Iterator[Evaluation]:
     """Evaluate the model with one layer pruned, for each point of the plan in its order.
 
     Counts are those of `evaluate_with_pruned_layer`, and so is the loss to LOSS_DECIMALS. The points of a
@@ -83,7 +83,7 @@ def measure(model: MobileNetV2, batches: Batches, plan: Sequence[Point]) -> Iter
 
 
 def evaluate_with_pruned_layer(
-    model: MobileNetV2, batches: Batches, name: str, keep_ratio: float
+    model: MobileNetV2, batches: Loader, name: str, keep_ratio: float
 ) -> Evaluation:
     """Prune the layer in a copy of the model, as prune.py does, and evaluate the copy."""
     pruned = copy.deepcopy(model)
@@ -92,7 +92,7 @@ def evaluate_with_pruned_layer(
 
 
 @torch.inference_mode()
-def _evaluate_block(model: MobileNetV2, batches: Batches, points: Sequence[Point]) -> list[Evaluation]:
+def _evaluate_block(model: MobileNetV2, batches: Loader, points: Sequence[Point]) -> list[Evaluation]:
     """Evaluate the model at each of `points`, whose layers are in one block."""
     folded = fold_batch_norms(model)
     network = nn.Sequential(*folded.features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *folded.classifier)

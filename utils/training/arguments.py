@@ -10,8 +10,9 @@ from torch import nn
 
 from utils.common import cli, distributed, runtime
 from utils.common.devices import DEVICES, add_device_argument, choose_device
+from utils.data.augmentation import AUGMENTATIONS
 from utils.data.datasets import ImageData, Normalization
-from utils.data.loader import AUGMENTATIONS, Batches
+from utils.data.loader import Loader
 from utils.training.checkpoint import Progress, RunConfig
 from utils.training.compilation import check_compiler
 from utils.training.distillation import distillation
@@ -142,9 +143,9 @@ def start_training(args: Namespace, devices: Sequence[str] = DEVICES) -> torch.d
 
 def training_loader(
     data: ImageData, normalization: Normalization, args: Namespace, limit: int | None = None
-) -> Batches:
+) -> Loader:
     """Return the shuffled, augmented batches of the training images, at most `limit` per epoch."""
-    return Batches(
+    return Loader(
         data.train,
         normalization,
         args.batch_size,
@@ -161,7 +162,7 @@ def training_loader(
 
 def build_run(
     model: nn.Module,
-    loader: Batches,
+    loader: Loader,
     teacher: nn.Module | None,
     val_accuracy: ValAccuracy,
     args: Namespace,

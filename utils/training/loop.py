@@ -15,7 +15,7 @@ from utils.common import distributed
 from utils.common.devices import device_of, on_device
 from utils.common.errors import UserError
 from utils.data.datasets import ImageData, Normalization
-from utils.data.loader import Batches
+from utils.data.loader import Loader
 from utils.evaluation import evaluate
 from utils.training.checkpoint import Epoch, Progress, RunConfig, Stateful, load_progress, save_progress
 from utils.training.compilation import compiled
@@ -54,7 +54,7 @@ class Run:
 
     config: RunConfig
     model: nn.Module
-    loader: Batches
+    loader: Loader
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     epochs: int
@@ -112,13 +112,13 @@ def accuracy_on_val(
     """
     if not len(data.val):
         return lambda _model: None
-    loader = Batches(data.val, normalization, batch_size, limit=limit, sharded=True)
+    loader = Loader(data.val, normalization, batch_size, limit=limit, sharded=True)
     return lambda model: evaluate(convert(model), loader, sharded=True).accuracy_pct
 
 
 def train_one_epoch(
     model: nn.Module,
-    loader: Batches,
+    loader: Loader,
     optimizer: torch.optim.Optimizer,
     loss_function: LossFunction,
     after_step: list[Callable[[], None]],

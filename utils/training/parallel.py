@@ -8,18 +8,16 @@ from torch.autograd.function import FunctionCtx
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.common import distributed
+from utils.training.recast import recast
 
 
 def parallelize(model: nn.Module) -> nn.Module:
-    """What to call instead of `model` in training; its gradients are averaged over all processes."""
+    """Return what to call instead of `model` in training; its gradients are averaged over all processes."""
     if distributed.world_size() == 1:
         return model
-    for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = SynchronizedBatchNorm2d
-        elif type(module) is nn.Dropout:
-            module.__class__ = SynchronizedDropout
-    # Of a 1x1 filter both layouts are the same bytes, only their strides are written differently.
+    synchronized = {nn.BatchNorm2d: SynchronizedBatchNorm2d, nn.Dropout: SynchronizedDropout}
+    recast(model, lambda layer, _before: synchronized.get(type(layer)))
+    # The two layouts of a 1x1 filter are the same bytes, only their strides are written differently.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(model)
 

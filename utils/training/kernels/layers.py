@@ -1,10 +1,7 @@
-"""Faster training on a CPU; the same numbers up to float rounding.
+"""Layers that train faster on a CPU; the same numbers up to float rounding.
 
-The layers of a model are exchanged for forms that compute the same thing with fewer passes through
-memory (utils/training/kernels/build.py), or with the faster of torch's own operations.
+They compute the same thing with fewer passes through memory (utils/training/kernels/build.py).
 """
-
-from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -12,46 +9,39 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from utils.common import distributed
 from utils.training.kernels import build as training_kernels
-from utils.training.kernels.convolution import use_fast_convolutions
 from utils.training.parallel import SynchronizedBatchNorm2d
+from utils.training.recast import recast
 
 
 def use_fast_layers(model: nn.Module, kernels: bool = True) -> None:
-    """Let the layers of `model` train fast on a CPU.
+    """Let the layers of `model` train fast on a CPU, if a C++ compiler builds our kernels.
 
     Parameters, state_dict, and what is computed stay as they are; only training is affected.
 
     Args:
-        kernels: whether to use our own, if there is a compiler for them; torch.compile does not know them.
+        kernels: False leaves the model as it is, for torch.compile, which does not know the kernels.
     """
-    # The processes of a run exchange sums in an order that is not the same without kernels.
-    if kernels and all(distributed.gather(training_kernels.available())):
-        use_training_kernels(model)
+    if not kernels:
         return
-    if kernels:
-        print(
-            "no C++ compiler works here (such as g++): training with torch's own operations, which are slower"
-        )
-    use_fast_convolutions(model)
+    # The processes of a run exchange sums in an order that is not the same without kernels.
+    if all(distributed.gather(training_kernels.available())):
+        recast(model, _fast_form)
+        return
+    print("no C++ compiler works here (such as g++): training with torch's own operations, which are slower")
 
 
-def use_training_kernels(model: nn.Module) -> None:
-    """Exchange the layers that our own kernels compute."""
-    for parent in list(model.modules()):
-        children = list(parent.children())
-        for child, behind in zip_longest(children, children[1:]):
-            # Exactly these types: a subclass (such as those of quantization-aware training) has a
-            # forward of its own.
-            if type(child) is nn.BatchNorm2d:
-                child.__class__ = FusedBatchNorm2d
-                child.has_relu6 = type(behind) is nn.ReLU6
-                if child.has_relu6:
-                    behind.__class__ = AbsorbedReLU6
-            elif type(child) is nn.Conv2d and child.bias is None:
-                if child.kernel_size == (1, 1) and child.stride == (1, 1) and child.groups == 1:
-                    child.__class__ = PointwiseConv2d
-                elif _is_depthwise_3x3(child):
-                    child.__class__ = DepthwiseConv2d
+def _fast_form(layer: nn.Module, before: nn.Module) -> type[nn.Module] | None:
+    if type(layer) is nn.BatchNorm2d:
+        return FusedBatchNorm2d
+    if type(layer) is nn.ReLU6 and isinstance(before, FusedBatchNorm2d):
+        before.has_relu6 = True
+        return AbsorbedReLU6
+    if type(layer) is nn.Conv2d and layer.bias is None:
+        if layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.groups == 1:
+            return PointwiseConv2d
+        if _is_depthwise_3x3(layer):
+            return DepthwiseConv2d
+    return None
 
 
 def _is_depthwise_3x3(layer: nn.Conv2d) -> bool:
@@ -105,20 +95,20 @@ class _Depthwise(torch.autograd.Function):
 
 
 class AbsorbedReLU6(nn.ReLU6):
-    """A ReLU6 that the batch norm in front of it computes while training."""
+    """A ReLU6 that the batch norm before it computes while training."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape; the same."""
+        """Return the input while training; any shape."""
         return x if self.training else super().forward(x)
 
 
 class FusedBatchNorm2d(SynchronizedBatchNorm2d):
-    """A batch norm that trains together with the ReLU6 behind it.
+    """A batch norm that trains together with the ReLU6 after it.
 
     In a run over several processes, the statistics are those of the batch of all of them.
     """
 
-    has_relu6: bool
+    has_relu6 = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize (N, C, H, W); while training also the ReLU6, if there is one."""
@@ -150,7 +140,7 @@ class _BatchNorm(torch.autograd.Function):
         rows, grad_rows = _as_rows(x), _as_rows(grad_y.contiguous(memory_format=torch.channels_last))
         sums = training_kernels.batch_norm_backward_sums(grad_rows, rows, parameters, channels, ctx.has_relu6)
         inverse = parameters[1, :channels]
-        # Those of this process alone: gradients of parameters are averaged over processes later.
+        # For this process alone: gradients of parameters are averaged over processes later.
         grad_bias, grad_weight = sums[0].float(), sums[1].float() * inverse
         sums = distributed.all_reduce_sum(sums)
         grad_rows = training_kernels.batch_norm_backward(
@@ -160,17 +150,17 @@ class _BatchNorm(torch.autograd.Function):
 
 
 def _pixels_a_row(x: Tensor) -> int:
-    """Two where a pixel has half a multiple of the channels that a kernel takes at a time."""
+    """Return 2 where a pixel has half a multiple of the channels that a kernel takes at a time, else 1."""
     is_half = x.shape[1] % training_kernels.LANES == training_kernels.LANES // 2
     return 2 if is_half and x.numel() // x.shape[1] % 2 == 0 else 1
 
 
 def _as_rows(x: Tensor) -> Tensor:
-    """Maps (N, C, H, W), channels last, as rows (pixels / n, n * C) of one or two pixels each."""
+    """Return maps (N, C, H, W), channels last, as rows (pixels / n, n * C) of one or two pixels each."""
     return x.permute(0, 2, 3, 1).view(-1, _pixels_a_row(x) * x.shape[1])
 
 
 def _like(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows of channels as maps of the size of `x`."""
+    """Return rows of channels as maps of the size of `x`."""
     count, channels, height, width = x.shape
     return rows.view(count, height, width, channels).permute(0, 3, 1, 2)
