@@ -36,13 +36,16 @@ STORAGES = {
     "ShortStorage": np.int16,
     "QInt8Storage": np.int8,
 }
-QUANTIZE = re.compile(r"torch\.quantize_per_tensor\(x, ([\d.e+-]+), (\d+), 13\)")
-INT8_OPERATION = re.compile(r"ops\.quantized\.(\w+)\(.*?(?:CONSTANTS\.c(\d+)|\w+), ([\d.e+-]+), (\d+)\)")
+INT8_OPERATION = re.compile(
+    r"(?:torch\.quantize_per_tensor\(x|ops\.quantized\.\w+\(.*?(?:CONSTANTS\.c(\d+)|\w+))"
+    r", ([\d.e+-]+), (\d+)[,)]"
+)
 FLOAT_OPERATION = re.compile(r"torch\.(?:_convolution|linear)\(\w+, CONSTANTS\.c(\d+), CONSTANTS\.c(\d+)")
 """How torch prints the operations of a frozen graph."""
-FLOAT_CALLS = {"_convolution", "hardtanh", "hardtanh_", "add", "add_", "linear"}
-INT8_CALLS = {"quantize_per_tensor", "quantized.conv2d", "quantized.add", "quantized.linear", "dequantize"}
-KNOWN_CALLS = FLOAT_CALLS | INT8_CALLS | {"adaptive_avg_pool2d", "flatten"}
+KNOWN_CALLS = re.compile(
+    r"_convolution|hardtanh_?|add_?|linear|adaptive_avg_pool2d|flatten|dequantize|quantize_per_tensor"
+    r"|quantized\.(?:conv2d|add|linear)"
+)
 """What the code may call: a file that computes anything else is not what its tensors say."""
 
 
@@ -115,17 +118,16 @@ def _read_code(archive: zipfile.ZipFile) -> str:
     if len(names) != 1:
         raise ValueError(f"it has {len(names)} models")
     code = _read_text(archive, names[0]).decode()
-    unknown = set(re.findall(r"\b(?:torch|ops)\.([\w.]+)\(", code)) - KNOWN_CALLS
-    if unknown:
-        raise ValueError(f"it calls {', '.join(sorted(unknown))}")
+    for call in re.findall(r"\b(?:torch|ops)\.([\w.]+)\(", code):
+        if not KNOWN_CALLS.fullmatch(call):
+            raise ValueError(f"it calls {call}")
     return code
 
 
 def _int8_model(metadata: Metadata, code: str, constants: list[Any]) -> Int8Model:
     names = activation_names(metadata.architecture)
     shapes = layer_shapes(metadata.architecture)
-    found = [("", scale, zero_point) for scale, zero_point in QUANTIZE.findall(code)]
-    found += [(index, scale, zero_point) for _, index, scale, zero_point in INT8_OPERATION.findall(code)]
+    found = INT8_OPERATION.findall(code)
     weights, scales, biases, activations = {}, {}, {}, {}
     for name, (index, scale, zero_point) in zip(names, found, strict=True):
         activations[name] = QParams(float(scale), int(zero_point))
@@ -230,18 +232,10 @@ class _Unpickler(pickle.Unpickler):
             raise ValueError(f"a tensor of shape {size} does not fill its storage")
         return torch.from_numpy(values).as_strided(size, stride).contiguous()
 
-    def rebuild_quantized(
-        self,
-        storage: tuple[type, str],
-        offset: int,
-        size: tuple[int, ...],
-        stride: tuple[int, ...],
-        qscheme: tuple,
-        *_: Any,
-    ) -> _Quantized:
-        values = self.rebuild_tensor(storage, offset, size, stride)
-        scale, zero_point = qscheme[1:3]
-        if qscheme[0] == "per_tensor_affine":
+    def rebuild_quantized(self, *args: Any) -> _Quantized:
+        values = self.rebuild_tensor(*args[:4])
+        kind, scale, zero_point = args[4][:3]
+        if kind == "per_tensor_affine":
             scale, zero_point = torch.tensor([scale], dtype=torch.float64), torch.tensor([zero_point])
         if zero_point.any():
             raise ValueError("a weight is not symmetric")
