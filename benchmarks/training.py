@@ -102,11 +102,18 @@ class UsualLoop:
 class OurLoop:
     """Trains as train.py does, with `--amp` or without."""
 
-    def __init__(self, split: Split, normalization: Normalization, case: "Case", amp: bool = False) -> None:
+    def __init__(
+        self,
+        split: Split,
+        normalization: Normalization,
+        case: "Case",
+        amp: bool = False,
+        kernels: bool = True,
+    ) -> None:
         runtime.keep_freed_memory()
         self.amp = amp
         self.model = MobileNetV2(output_stride=case.output_stride).to(memory_format=torch.channels_last)
-        use_fast_layers(self.model)
+        use_fast_layers(self.model, kernels)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=LR, momentum=MOMENTUM, nesterov=True, fused=True
         )
@@ -124,15 +131,22 @@ class OurLoop:
         )
 
 
-SIDES = {"usual": UsualLoop, "ours": OurLoop, "ours_amp": functools.partial(OurLoop, amp=True)}
+SIDES = {
+    "usual": UsualLoop,
+    "plain": functools.partial(OurLoop, kernels=False),
+    "ours": OurLoop,
+    "ours_amp": functools.partial(OurLoop, amp=True),
+}
 
 
 COLUMNS = {
     "output_stride": "output stride",
     "batch_size": "batch size",
     "usual_images_per_s": "usual img/s",
+    "plain_images_per_s": "without kernels",
     "ours_images_per_s": "ours img/s",
     "ours_amp_images_per_s": "with --amp",
+    "plain_ratio": "ratio without kernels",
     "ours_ratio": "ratio",
     "ours_amp_ratio": "with --amp",
 }

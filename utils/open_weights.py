@@ -29,13 +29,17 @@ def open_weights(
     return weights_from_content(path, content, kinds, output_stride)
 
 
-def open_qmodel(path: str | os.PathLike) -> Weights:
+def open_qmodel(path: str | os.PathLike, output_stride: int | None = None) -> Weights:
     """Read weights to quantize: a qmodel, or float weights, which are converted to one.
+
+    Args:
+        path: any file that `open_weights` takes.
+        output_stride: replaces the file's own.
 
     Raises:
         UserError: as `open_weights`.
     """
-    weights = open_weights(path, MOBILENETV2_KINDS)
+    weights = open_weights(path, MOBILENETV2_KINDS, output_stride)
     if weights.kind == "qmodel":
         return weights
     assert isinstance(weights.model, MobileNetV2)
