@@ -7,6 +7,7 @@ Writes three TorchScript files, which run without this repository.
 import argparse
 from pathlib import Path
 
+from models import MobileNetV2
 from models.folding import fold_batch_norms
 from utils.checkpoints.weights import complete
 from utils.common import cli, errors, runtime
@@ -23,6 +24,7 @@ from utils.deployment.comparison import (
 from utils.open_weights import open_qmodel
 from utils.quantization.bias_correction import correct_biases
 from utils.quantization.eager import calibrate, post_training_quantize, use_engine
+from utils.quantization.int8_model import Int8Model
 
 VARIANTS = ("float", "ptq_per_tensor", "ptq_per_channel")
 
@@ -56,10 +58,11 @@ def main(args: argparse.Namespace) -> None:
     print("[1/3] calibrating", flush=True)
     calibration = calibration_batches(data, weights.normalization, args)
     calibrated = calibrate(weights.model, calibration)
-    models = {"float": fold_batch_norms(weights.model)}
+    folded = fold_batch_norms(weights.model)
+    models: dict[str, MobileNetV2 | Int8Model] = {"float": folded}
     for variant, per_channel in (("ptq_per_tensor", False), ("ptq_per_channel", True)):
         int8 = post_training_quantize(calibrated, per_channel, args.weight_bits)
-        models[variant] = correct_biases(int8, models["float"], calibration)
+        models[variant] = correct_biases(int8, folded, calibration)
     print("[2/3] evaluating on test images", flush=True)
     test = Loader(data.test, weights.normalization, args.batch_size, limit=args.num_eval_batches)
     deployments = {

@@ -15,7 +15,7 @@ from torch import nn
 
 from models.statistics import model_statistics, prunable_layers
 from utils.checkpoints.weights import (
-    Weights,
+    CompleteWeights,
     add_output_stride_argument,
     complete,
     save_weights,
@@ -98,7 +98,7 @@ def ramp_epochs(args: argparse.Namespace) -> int:
 
 
 def recover(
-    weights: Weights,
+    weights: CompleteWeights,
     keep_ratios: dict[str, float],
     teacher: nn.Module | None,
     data: ImageData,

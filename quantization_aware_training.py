@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from models.folding import fold_batch_norms
-from utils.checkpoints.weights import Weights, complete
+from utils.checkpoints.weights import CompleteWeights, complete
 from utils.common import cli, distributed, errors
 from utils.data.datasets import ImageData, load_data
 from utils.data.loader import Loader
@@ -94,7 +94,7 @@ def freezing(model: nn.Module, args: argparse.Namespace) -> Callable[[int], None
 
 
 def train(
-    weights: Weights,
+    weights: CompleteWeights,
     teacher: nn.Module | None,
     data: ImageData,
     device: torch.device,

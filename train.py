@@ -12,7 +12,7 @@ import torch
 from models import MobileNetV2, ResNet18
 from models.mobilenetv2 import OUTPUT_STRIDES
 from utils.checkpoints.foreign import load_pretrained
-from utils.checkpoints.weights import Weights, save_weights
+from utils.checkpoints.weights import CompleteWeights, save_weights
 from utils.common import cli, distributed, errors, files
 from utils.common.errors import UserError
 from utils.data.datasets import load_data, measure_normalization
@@ -122,6 +122,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> MobileNetV2 | Res
                 raise UserError(f"{args.weights} has {name} {theirs}, and {ours} is wanted here")
         model.load_state_dict(given.state_dict())
     elif args.pretrained:
+        assert isinstance(model, MobileNetV2)
         load_pretrained(model)
     return model.to(memory_format=torch.channels_last)
 
@@ -131,24 +132,25 @@ def main(args: argparse.Namespace) -> None:
     device = start_training(args)
     strides = output_stride_by_epoch(args)
     data = load_data(args)
-    weights = Weights(
-        build_model(args, len(data.class_names)),
-        KINDS[args.model],
-        data.class_names,
-        measure_normalization(data),
-        data.train.images.shape[-1],
+    weights = CompleteWeights(
+        model=build_model(args, len(data.class_names)),
+        kind=KINDS[args.model],
+        class_names=data.class_names,
+        normalization=measure_normalization(data),
+        image_size=data.train.images.shape[-1],
     )
     model = weights.model.to(device)
     teacher = open_teacher(args.teacher, weights, device)
-    # The fast layers do not go with torchvision's ResNet blocks, which add and clamp in place.
+    # On ResNet-18 the fast layers gain nothing.
     if device.type == "cpu" and args.model == "mobilenetv2":
         use_fast_layers(model, kernels=not args.compile)
     average = ExponentialMovingAverage(model, args.ema) if args.ema else None
 
+    trained = [model, average.module] if average else [model]
+
     def set_output_stride(epoch: int) -> None:
-        model.set_output_stride(strides[epoch - 1])
-        if average:
-            average.module.set_output_stride(strides[epoch - 1])
+        for one in trained:
+            one.set_output_stride(strides[epoch - 1])
 
     run = build_run(
         model,

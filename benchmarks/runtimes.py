@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from models.folding import fold_batch_norms
-from utils.checkpoints.weights import Weights, add_output_stride_argument, complete
+from utils.checkpoints.weights import CompleteWeights, add_output_stride_argument, complete
 from utils.common import cli, errors, runtime
 from utils.common.errors import UserError
 from utils.common.optional_packages import import_optional
@@ -144,7 +144,10 @@ def installed_runtimes() -> dict[str, Callable[[bytes], Start]]:
 
 
 def gather(
-    runtimes: dict[str, Callable[[bytes], Start]], weights: Weights, data: ImageData, args: argparse.Namespace
+    runtimes: dict[str, Callable[[bytes], Start]],
+    weights: CompleteWeights,
+    data: ImageData,
+    args: argparse.Namespace,
 ) -> dict[str, Start]:
     """Quantize the model and return all contestants by name."""
     side, limit = weights.image_size, args.num_calibration_batches
@@ -173,7 +176,7 @@ def gather(
 
 @torch.inference_mode()
 def compare_outputs(
-    contestants: dict[str, Start], weights: Weights, data: ImageData, num_images: int
+    contestants: dict[str, Start], weights: CompleteWeights, data: ImageData, num_images: int
 ) -> dict[str, dict[str, float]]:
     """Return how far logits and classes are from those of the float model, and the accuracy, by name."""
     split = data.test.subset(torch.arange(min(num_images, len(data.test))))
@@ -278,9 +281,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"\nthreads {threads}, batch size {batch_size}\n{format_rows(case)}", flush=True)
         rows.append(case)
     if args.record:
-        runtime.write_record(
-            args.record, args, {"macs": macs, "rows": [row for case in rows for row in case]}
-        )
+        runtime.write_record(args.record, args, {"macs": macs, "rows": list(itertools.chain(*rows))})
     best = [
         min(counted, key=lambda row: row["times_ours"])
         for case in rows

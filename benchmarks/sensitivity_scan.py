@@ -19,7 +19,7 @@ import torch
 
 from models import MobileNetV2
 from models.mobilenetv2 import OUTPUT_STRIDES
-from utils.checkpoints.weights import Weights, complete
+from utils.checkpoints.weights import CompleteWeights, Weights, complete
 from utils.common import cli, errors, runtime
 from utils.common.errors import UserError
 from utils.common.tables import format_table
@@ -61,7 +61,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load_or_draw_weights(args: argparse.Namespace) -> tuple[Weights, ImageData]:
+def load_or_draw_weights(args: argparse.Namespace) -> tuple[CompleteWeights, ImageData]:
     """The weights to scan and the images that fit them."""
     if args.weights:
         weights = open_weights(args.weights)

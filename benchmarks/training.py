@@ -16,9 +16,10 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -82,7 +83,7 @@ class UsualLoop:
         self.model = MobileNetV2(output_stride=case.output_stride).train()
         self.criterion = nn.CrossEntropyLoss()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=LR, momentum=MOMENTUM, nesterov=True)
-        self.batches = iter(())
+        self.batches: Iterator[Any] = iter(())
 
     def step(self, count: int) -> None:
         """Train on the next `count` batches."""
@@ -131,7 +132,7 @@ class OurLoop:
         )
 
 
-SIDES = {
+SIDES: dict[str, Callable[..., Any]] = {
     "usual": UsualLoop,
     "plain": functools.partial(OurLoop, kernels=False),
     "ours": OurLoop,
@@ -175,7 +176,8 @@ def time_case(case: Case, data: tuple, threads: int, rounds: int, steps: int) ->
     """Images a second of each side in each round."""
     context = multiprocessing.get_context("spawn")
     sides = [side for side in SIDES if side != "ours_amp" or is_fast_in_bfloat16()]
-    connections, processes, speeds = {}, [], {side: [] for side in sides}
+    connections, processes = {}, []
+    speeds: dict[str, list[float]] = {side: [] for side in sides}
     for side in sides:
         connections[side], theirs = context.Pipe()
         # Not daemonic: the usual loop has worker processes of its own.

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from models.statistics import ModelStatistics, model_statistics
-from utils.checkpoints.weights import Weights, add_output_stride_argument, complete
+from utils.checkpoints.weights import CompleteWeights, add_output_stride_argument, complete
 from utils.common import cli, distributed, errors, files, runtime
 from utils.common.devices import add_device_argument, choose_device
 from utils.common.errors import UserError
@@ -94,7 +94,7 @@ def format_header(log: ScanningLog) -> str:
     return f"{'accuracy % at sparsity':<22}{''.join(f'{level:9g}' for level in levels)}  recommended"
 
 
-def scan(weights: Weights, batches: Loader, log: ScanningLog) -> None:
+def scan(weights: CompleteWeights, batches: Loader, log: ScanningLog) -> None:
     """Measure what the log lacks; write the rows of a layer together and print a line.
 
     Raises:

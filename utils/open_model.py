@@ -152,4 +152,4 @@ def _open_member(path: str, student: Weights, device: torch.device) -> nn.Module
         )
     if known.engine is not None and device.type != "cpu":
         raise UserError(f"--teacher {path} is int8, which runs on a CPU alone: give float weights")
-    return teacher.model.to(device, memory_format=torch.channels_last)
+    return teacher.model.to(device).to(memory_format=torch.channels_last)

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models import MobileNetV2
 from utils.common.errors import UserError, one_line
 
 
-def load_pretrained(model: nn.Module) -> None:
+def load_pretrained(model: MobileNetV2) -> None:
     """Load torchvision's ImageNet weights into `model`, all but the classifier.
 
     Raises:

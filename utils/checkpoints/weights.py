@@ -6,7 +6,7 @@ import re
 import warnings
 import zipfile
 from argparse import Namespace
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,20 @@ class Weights:
     names and no normalization.
     """
 
-    model: MobileNetV2 | ResNet18
+    model: Any  # of the class that MODEL_CLASSES names for the kind
     kind: str = "float"
     class_names: tuple[str, ...] | None = None
     normalization: Normalization | None = None
     image_size: int = DEFAULT_IMAGE_SIZE
     metrics: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class CompleteWeights(Weights):
+    """Weights with class names and normalization, ready to be used on images."""
+
+    class_names: tuple[str, ...]
+    normalization: Normalization
 
 
 def save_weights(path: str | os.PathLike, weights: Weights, args: Namespace) -> None:
@@ -177,8 +185,8 @@ def check_classes(path: str | os.PathLike, class_names, num_classes: int, data: 
         )
 
 
-def complete(path: str | os.PathLike, weights: Weights, data: ImageData) -> Weights:
-    """The weights, checked against the images that they are to be used on.
+def complete(path: str | os.PathLike, weights: Weights, data: ImageData) -> CompleteWeights:
+    """Return the weights, checked against the images that they are to be used on.
 
     What a bare state_dict does not carry (class names, normalization) is taken from the images;
     `image_size` is that of the images.
@@ -187,11 +195,13 @@ def complete(path: str | os.PathLike, weights: Weights, data: ImageData) -> Weig
         UserError: as `check_classes`.
     """
     check_classes(path, weights.class_names, weights.model.architecture["num_classes"], data)
-    return replace(
-        weights,
+    return CompleteWeights(
+        model=weights.model,
+        kind=weights.kind,
         class_names=data.class_names,
         normalization=weights.normalization or measure_normalization(data),
         image_size=data.test.images.shape[-1],
+        metrics=weights.metrics,
     )
 
 

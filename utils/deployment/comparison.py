@@ -11,7 +11,7 @@ import torch
 from models import MobileNetV2
 from models.statistics import count_macs
 from utils.checkpoints.metadata import Metadata
-from utils.checkpoints.weights import Weights
+from utils.checkpoints.weights import CompleteWeights
 from utils.common.cli import positive_int
 from utils.common.files import BYTES_PER_MB
 from utils.common.runtime import cpu_name
@@ -108,7 +108,7 @@ class Deployment:
 def deploy(
     variant: str,
     model: MobileNetV2 | Int8Model,
-    weights: Weights,
+    weights: CompleteWeights,
     engine: str,
     batches: Loader,
     metrics: dict[str, Any] | None = None,

@@ -8,7 +8,7 @@ Methods: `uniform`, `erk`, `global_magnitude`, `lamp`, `sensitivity`.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models import MobileNetV2
 from models.folding import folded_weights
 from models.statistics import LayerStatistics, ModelStatistics, prunable_layers
 from utils.common.csv_files import suggest
@@ -171,7 +172,7 @@ def erk(layers: Sequence[LayerStatistics], limits: dict[str, Limits], budget: in
     return fill({layer.name: sum(layer.shape) for layer in layers}, limits, budget)
 
 
-def global_magnitude(model: nn.Module, limits: dict[str, Limits], budget: int) -> dict[str, int]:
+def global_magnitude(model: MobileNetV2, limits: dict[str, Limits], budget: int) -> dict[str, int]:
     """One threshold for the magnitudes of all layers (Han et al., 2015, https://arxiv.org/abs/1506.02626).
 
     A convolution in front of a batch norm can be scaled at will without any change of the outputs,
@@ -241,7 +242,7 @@ def loss_curves(
     """
     whole = [row.loss for row in measurements if row.keep_ratio == 1]
     base = min(whole or [row.loss for row in measurements])
-    curves = {}
+    curves, layers_by_name = {}, prunable_layers(model)
     for layer in layers:
         points = {layer.nonzeros: base}
         for row in measurements:
@@ -249,7 +250,7 @@ def loss_curves(
                 # Of a layer that was pruned before the scan, nothing more goes at some sparsities.
                 count = min(kept_count(layer.parameters, row.keep_ratio), layer.nonzeros)
                 points[count] = max(row.loss, points.get(count, base))
-        weight = model.get_submodule(layer.name).weight.detach()
+        weight = layers_by_name[layer.name].weight.detach()
         curves[layer.name] = _convex(_interpolated(_rising(points), weight))
     return curves
 
@@ -299,7 +300,7 @@ def sensitivity(curves: dict[str, Curve], limits: dict[str, Limits], budget: int
 
 def allocate(
     method: str,
-    model: nn.Module,
+    model: MobileNetV2,
     layers: Sequence[LayerStatistics],
     limits: dict[str, Limits],
     budget: int,
@@ -325,11 +326,12 @@ def allocate(
         case "lamp":
             return lamp(model, limits, budget)
         case "sensitivity":
+            assert curves is not None
             return sensitivity(curves, limits, budget)
     raise ValueError(f"the method {method!r} is not one of {METHODS}")
 
 
-def fill(shares: dict[str, float], limits: dict[str, Limits], budget: int) -> dict[str, int]:
+def fill(shares: Mapping[str, float], limits: dict[str, Limits], budget: int) -> dict[str, int]:
     """Whole numbers in proportion to `shares`, within the limits, that sum to `budget`.
 
     What a layer cannot take, or must have beyond its share, is made up by the others in proportion.

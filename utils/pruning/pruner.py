@@ -121,7 +121,7 @@ class FineGrainedPruner:
         for name, bits in self._bits.items():
             # A product with the mask would leave -1.0 * 0 = -0.0 and NaN * 0 = NaN. Cleared bits are
             # +0.0 whatever stood there, and much faster than masked_fill_.
-            model.get_submodule(name).weight.view(torch.int32).bitwise_and_(bits)
+            model.get_parameter(f"{name}.weight").view(torch.int32).bitwise_and_(bits)
 
     def step(self) -> None:
         """Call after each optimizer step: renew the masks if the ramp says so, and apply them."""
@@ -169,7 +169,7 @@ class FineGrainedPruner:
             keep_ratio = self.keep_ratios[name]
             if self.ramp is not None:
                 keep_ratio = self.ramp.keep_ratio(keep_ratio, self.steps, self._initial[name])
-            weight = self.model.get_submodule(name).weight
+            weight = self.model.get_parameter(f"{name}.weight")
             try:
                 masks[name] = magnitude_mask(weight, keep_ratio, among=mask)
             except ValueError as error:
@@ -178,7 +178,7 @@ class FineGrainedPruner:
 
     def _set_masks(self, masks: dict[str, Tensor]) -> None:
         for name, mask in masks.items():
-            weight = self.model.get_submodule(name).weight
+            weight = self.model.get_parameter(f"{name}.weight")
             self.masks[name] = mask = mask.to(weight.device)
             # All bits of a kept weight, none of a pruned one; laid out in memory as the weight is.
             bits = torch.zeros_like(weight, dtype=torch.int32)

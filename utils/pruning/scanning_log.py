@@ -212,7 +212,9 @@ def read_recommended(path: str | os.PathLike) -> tuple[dict[str, float], dict[st
             raise UserError(
                 f"{path} has no recommended_sparsity for layer {name}: fill it in one of its rows"
             )
-    descriptions = {row["layer"]: [row[column] for column in READ_ONLY_COLUMNS] for row in rows}
+    descriptions: dict[str, Sequence[object]] = {
+        row["layer"]: [row[column] for column in READ_ONLY_COLUMNS] for row in rows
+    }
     return {name: recommended[name] for name in layers}, descriptions
 
 

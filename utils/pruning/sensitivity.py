@@ -126,11 +126,11 @@ class _PrunedLayer:
         folded_name = ".".join([str(index), *inner])
         self.model, self.suffix = model, suffix
         self.weight, self.folded_weight = (
-            {f"{path}.weight": module.get_submodule(path).weight.masked_fill(~mask, 0.0)}
+            {f"{path}.weight": module.get_parameter(f"{path}.weight").masked_fill(~mask, 0.0)}
             for module, path in ((model, name), (suffix, folded_name))
         )
         self.answers: list[tuple[Tensor, Tensor]] = []
-        self.differences: Tensor | None = None
+        self.differences = torch.zeros(0)
 
     def add(self, images: Tensor, entering: Sequence[Tensor], labels: Tensor) -> None:
         """Classify a batch.
@@ -141,7 +141,7 @@ class _PrunedLayer:
             labels: (N,).
         """
         logits = torch.cat([functional_call(self.suffix, self.folded_weight, (x,)) for x in entering])
-        if self.differences is None:
+        if not len(self.differences):
             own = self._own_logits(images[:PROBES])
             # Some may agree by chance, and a logit has no more digits than these.
             smallest = torch.finfo(own.dtype).eps * own.abs().max().item()

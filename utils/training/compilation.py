@@ -1,5 +1,7 @@
 """Training a compiled form of the model (torch.compile), which shares its weights with the plain one."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -27,7 +29,7 @@ def check_compiler(device: torch.device) -> None:
         ) from error
 
 
-def compiled(model: nn.Module) -> nn.Module:
+def compiled(model: nn.Module) -> Any:
     """Return what to call instead of `model`: compiled at the first call and when shapes or strides change.
 
     The model itself stays plain, so that copies, state_dict and evaluation are what they were.

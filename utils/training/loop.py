@@ -3,7 +3,7 @@
 import copy
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -118,7 +118,7 @@ def accuracy_on_val(
 
 def train_one_epoch(
     model: nn.Module,
-    loader: Loader,
+    loader: Iterable[tuple[Tensor, Tensor]],
     optimizer: torch.optim.Optimizer,
     loss_function: LossFunction,
     after_step: list[Callable[[], None]],

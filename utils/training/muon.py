@@ -1,6 +1,6 @@
 """Muon: momentum SGD whose matrix updates are orthogonalized."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class Muon(torch.optim.SGD):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Any = None) -> Any:
         """One step; the gradients of the orthogonalized groups are replaced by their updates."""
         for group in self.param_groups:
             if group["orthogonalize"]:
@@ -50,15 +50,21 @@ class Muon(torch.optim.SGD):
             # Taller matrices move as far for each of their inputs as wide ones do.
             scale = max(1.0, updates.shape[1] / updates.shape[2]) ** 0.5
             for parameter, update in zip(alike, orthogonalize(updates, self.dtype) * scale, strict=True):
-                parameter.grad.copy_(update.view_as(parameter))
+                gradient_of(parameter).copy_(update.view_as(parameter))
 
     def _update(self, parameter: nn.Parameter) -> Tensor:
         """The gradient with Nesterov momentum, as a matrix."""
-        state, gradient = self.state[parameter], parameter.grad
+        state, gradient = self.state[parameter], gradient_of(parameter)
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
         momentum = state["momentum"].lerp_(gradient, 1 - MATRIX_MOMENTUM)
         return gradient.lerp(momentum, MATRIX_MOMENTUM).flatten(1)
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """Return the gradient of a parameter that has one."""
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -87,7 +93,7 @@ def _step_together(x: Tensor, steps: int) -> Tensor:
     """
     a, b, c = NEWTON_SCHULZ
     gram = x @ x.mT
-    product = None
+    product: Any = None
     for step in range(steps):
         factor = torch.add(b * gram, gram @ gram, alpha=c)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)

@@ -55,9 +55,12 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        self.num_batches_tracked.add_(1)
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        tracked, running_mean, running_var = self.num_batches_tracked, self.running_mean, self.running_var
+        assert tracked is not None and running_mean is not None and running_var is not None
+        assert self.momentum is not None
+        tracked.add_(1)
+        running_mean.lerp_(mean, self.momentum)
+        running_var.lerp_(variance * (count / (count - 1)), self.momentum)
 
 
 class SynchronizedDropout(nn.Dropout):

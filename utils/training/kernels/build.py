@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +159,7 @@ def depthwise_backward_weight(grad_y: Tensor, x: Tensor, stride: int) -> Tensor:
     return grad_taps
 
 
-def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | bool) -> None:
+def _call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
     """Call the kernel for maps of this type; tensors go as addresses."""
     getattr(_library(), f"{name}_{TYPES[dtype]}")(*map(_as_c, arguments))
 

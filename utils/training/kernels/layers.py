@@ -3,9 +3,11 @@
 They compute the same thing with fewer passes through memory (utils/training/kernels/build.py).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from utils.common import distributed
 from utils.training.kernels import build as training_kernels
@@ -78,7 +80,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
 class _Depthwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
         taps = weight.detach().flatten(1).t().contiguous()
         ctx.save_for_backward(x, taps)
         ctx.stride = stride
@@ -86,7 +88,7 @@ class _Depthwise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_y: Tensor):
+    def backward(ctx: Any, grad_y: Tensor):
         x, taps = ctx.saved_tensors
         grad_y = grad_y.contiguous(memory_format=torch.channels_last)
         grad_x = training_kernels.depthwise_backward_input(grad_y, taps, ctx.stride, x.shape)
@@ -122,7 +124,7 @@ class FusedBatchNorm2d(SynchronizedBatchNorm2d):
 
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, norm: FusedBatchNorm2d) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: Any) -> Tensor:
         rows = _as_rows(x)
         sums = distributed.all_reduce_sum(training_kernels.batch_norm_sums(rows, norm.running_mean))
         ctx.count = distributed.world_size() * x.numel() // x.shape[1]
@@ -134,7 +136,7 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_y: Tensor):
+    def backward(ctx: Any, grad_y: Tensor):
         x, parameters = ctx.saved_tensors
         channels = x.shape[1]
         rows, grad_rows = _as_rows(x), _as_rows(grad_y.contiguous(memory_format=torch.channels_last))
