@@ -20,6 +20,7 @@ from utils.data.datasets import ImageData, Normalization
 from utils.data.loader import Loader
 from utils.deployment.latency import measure_fastest_forms
 from utils.deployment.torchscript import (
+    Scripted,
     float_forms,
     pack_torchscript,
     save_torchscript,
@@ -91,7 +92,7 @@ class Deployment:
     """A model as TorchScript, with its results on the test images; `size_mb` is the size of its file."""
 
     model: MobileNetV2 | Int8Model
-    scripted: torch.jit.ScriptModule
+    scripted: Scripted
     metadata: Metadata
     evaluation: Evaluation
     size_mb: float

@@ -18,6 +18,8 @@ from utils.common.files import atomic_write
 from utils.quantization.eager import quietly, to_module
 from utils.quantization.int8_model import Int8Model
 
+Scripted = torch.jit.ScriptModule
+
 METADATA_FILE = "metadata.json"
 
 
