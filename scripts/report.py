@@ -12,7 +12,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.reporting.pictures import PICTURES
 from scripts.reporting.tables import BLOCKS, Results
 from utils.common import cli, errors
 from utils.common.errors import UserError
@@ -50,6 +49,8 @@ def fill(text: str, results: Results) -> str:
 
 def main(args: argparse.Namespace) -> None:
     """Fill the pages from the results and draw the pictures."""
+    from scripts.reporting.pictures import PICTURES  # imports matplotlib
+
     results = Results(Path(args.results_dir))
     if not results.folder.is_dir():
         raise UserError(f"--results_dir {args.results_dir} is not a folder: give the one with the records")

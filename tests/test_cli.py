@@ -212,7 +212,7 @@ import runpy, sys
 sys.path.insert(0, {str(REPOSITORY)!r})
 for script in {[name for name in SCRIPTS if not name.startswith("benchmarks")]}:
     if script == "scripts/plot_model.py":
-        continue
+        continue  # whose work is all matplotlib and pandas
     sys.argv = [script, "--help"]
     try:
         runpy.run_path({str(REPOSITORY)!r} + "/" + script, run_name="__main__")
