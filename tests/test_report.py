@@ -114,6 +114,15 @@ def test_training_throughput_in_bfloat16(tmp_path):
     assert lines[2] == "| 16 | 32 | 250 | 801 | 3.21× | 1500 | 5.99× |"
 
 
+def test_training_with_and_without_kernels(tmp_path):
+    case = {"output_stride": 8, "batch_size": 32, "without_kernels_images_per_s": 100.4}
+    case |= {"ours_images_per_s": 250.0, "ours_ratio": 2.5}
+    write(tmp_path, "benchmarks/training_ablation", {"cases": [case]}, rounds=3)
+    lines = lines_of(tmp_path, "training_ablation")
+    assert lines[2] == "| 8 | 32 | 100 | 250 | 2.50× |"
+    assert lines[-1] == "Medians of 3 rounds on A CPU, 1 thread, torch 2.9, torchvision 0.24."
+
+
 def test_scan_times(tmp_path):
     write(tmp_path, "benchmarks/sensitivity_scan", SCAN)
     lines = lines_of(tmp_path, "scan_benchmark")

@@ -35,7 +35,10 @@ def test_they_are_the_ones_that_were_measured(name, training, evaluated, output_
     assert weights.model.architecture["output_stride"] == output_stride
     assert weights.metrics.items() <= trained.items()
     assert weights.metrics["test_accuracy_pct"] == pytest.approx(measured["accuracy_pct"], abs=0.05)
-    assert (file.metadata.parameters, file.metadata.nonzeros) == (measured["parameters"], measured["nonzeros"])
+    assert (file.metadata.parameters, file.metadata.nonzeros) == (
+        measured["parameters"],
+        measured["nonzeros"],
+    )
 
 
 def test_the_pruned_one_keeps_the_published_share_of_the_weights():

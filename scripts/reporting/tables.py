@@ -321,6 +321,15 @@ BLOCKS: dict[str, Callable[[Results, str], str]] = {
         "| {ours_ratio:.2f}× | {ours_amp_images_per_s:.0f} | {ours_amp_ratio:.2f}×",
         "Medians of {arguments[rounds]} rounds on {computer}.",
     ),
+    "training_ablation": benchmark(
+        "training_ablation",
+        "training.py --ablation",
+        lambda found: found["cases"],
+        "output stride | batch size | without kernels, images/s | with kernels, images/s | with / without",
+        "{output_stride} | {batch_size} | {without_kernels_images_per_s:.0f} | {ours_images_per_s:.0f} "
+        "| {ours_ratio:.2f}×",
+        "Medians of {arguments[rounds]} rounds on {computer}.",
+    ),
     "scan_benchmark": benchmark(
         "sensitivity_scan",
         "sensitivity_scan.py",
