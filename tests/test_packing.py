@@ -25,8 +25,8 @@ from utils.deployment.torchscript import ScriptMetadata, load_torchscript, to_to
 from utils.open_model import open_model
 from utils.packing import float_weights as packing_float
 from utils.packing import int8_weights as packing_int8
-from utils.packing.container import HEADER, npy_header
-from utils.packing.format import STREAMS, PackedFile, Slot, is_packed
+from utils.packing.container import HEADER
+from utils.packing.format import PackedFile, Slot, is_packed
 from utils.packing.format import encode as encode_tensors
 from utils.packing.int8_weights import load_int8
 from utils.packing.pack import KINDS, check_same, encode, open_source, packed_sizes
@@ -74,14 +74,41 @@ def rewritten(path: Path, change) -> bytes:
     """The archive with header (a dict) and arrays (by name) as `change` leaves them; checksums fit."""
     file = PackedFile(path)
     header = json.loads(json.dumps(file.header))
-    arrays = {name: file.archive.stream(name, 2**24)[0] for name in file.archive.entries if name != HEADER}
+    arrays = {name: file.archive.array(name, 2**24) for name in file.archive.entries if name != HEADER}
     change(header, arrays)
     written = io.BytesIO()
     with zipfile.ZipFile(written, "w") as archive:
         archive.writestr(HEADER, json.dumps(header))
         for name, array in arrays.items():
-            archive.writestr(f"{name}.npy", npy_header(len(array)) + array.tobytes())
+            with archive.open(f"{name}.npy", "w") as member:
+                np.save(member, array)
     return written.getvalue()
+
+
+def as_version_2(path: Path) -> bytes:
+    """The packed file as the previous version of the format had it."""
+
+    def change(header, arrays):
+        header["format_version"] = 2
+        for stream in header["types"]:
+            names = [name for name in arrays if name.startswith(f"{stream}.")]
+            arrays[stream] = np.concatenate([arrays.pop(name) for name in names])
+        arrays["checksums"] = np.arange(200, dtype=np.uint8)
+
+    return rewritten(path, change)
+
+
+def tensors_of(path: Path) -> dict[str, np.ndarray]:
+    file = PackedFile(path)
+    module = packing_int8 if file.header.get("dtype") == "int8" else packing_float
+    return file.read(module.read_slots(file), module.STREAM_TYPES)
+
+
+def assert_equal_tensors(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert list(found) == list(expected)
+    for name, array in expected.items():
+        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
+        assert found[name].tobytes() == array.tobytes()
 
 
 @pytest.fixture
@@ -118,10 +145,7 @@ def test_tensors_of_any_shape_density_and_type_come_back(tmp_path_factory, array
         return
     path.write_bytes(encode_tensors({}, slots, contents))
     found = PackedFile(path).read(slots, {"values": [dtype], "biases": ["int32"], "batch_norm": ["float32"]})
-    assert list(found) == [slot.name for slot in slots]
-    for name, array in contents.items():
-        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
-        assert found[name].tobytes() == array.tobytes()
+    assert_equal_tensors(found, contents)
 
 
 @pytest.mark.parametrize("name", ["float32", "qmodel"])
@@ -218,7 +242,7 @@ def test_a_reader_of_numpy_and_json_alone(packed, tiny_scripted):
     with np.load(packed["ptq_per_channel"]) as archive:
         header = json.loads(archive["header.json"])
         bits = np.unpackbits(archive["mask"]) if "mask" in archive else None
-        values = archive["values"].view(np.int8)
+        values = archive["values.0"].view(np.int8)
     scripted, metadata = load_torchscript(tiny_scripted / "mobilenetv2_ptq_per_channel.pt")
     model = packing_int8.empty_model(metadata.architecture)
     value = bit = 0
@@ -328,11 +352,20 @@ def test_what_is_no_packed_file(tmp_path, pruned):
 
 def test_another_version(packed, refused):
     for name in ("float32", "ptq_per_tensor"):
-        for version in (1, 3):
+        for version in (1, 4, "3", None, [3]):
             content = rewritten(
                 packed[name], lambda header, _, version=version: header.update(format_version=version)
             )
-            assert f"has format version {version}, this program reads 2" in refused(content)
+            assert f"has format version {version!r}, this program reads 2 and 3: use" in refused(content)
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "qmodel", *INT8_VARIANTS])
+def test_files_of_version_2_still_open(name, packed, tmp_path):
+    path = tmp_path / "version_2.packed"
+    path.write_bytes(as_version_2(packed[name]))
+    assert len(PackedFile(path).archive.entries) < len(PackedFile(packed[name]).archive.entries)
+    assert_equal_tensors(tensors_of(path), tensors_of(packed[name]))
+    assert encode(*open_source(path, None)) == packed[name].read_bytes()
 
 
 def test_a_foreign_archive(packed, refused):
@@ -350,38 +383,51 @@ def test_a_truncated_file(part, packed, refused):
     assert "truncated or damaged" in refused(content[: max(int(len(content) * part), 42)])
 
 
-@pytest.mark.parametrize("name", ["float32", "ptq_per_channel"])
-def test_a_wrong_checksum_names_the_tensor(name, packed, refused):
-    module = packing_float if name == "float32" else packing_int8
-    slots = module.read_slots(PackedFile(packed[name]))
-    for index in (0, 20, len(slots) - 1):
-
-        def change(_, arrays, index=index):
-            arrays["checksums"] = arrays["checksums"].copy()
-            arrays["checksums"][2 * index] ^= 1
-
-        order = sorted(slots, key=lambda slot: STREAMS.index(slot.stream))
-        assert f"the checksum of {order[index].name} is wrong" in refused(rewritten(packed[name], change))
+def test_damage_within_a_stream(packed, refused):
+    path = packed["ptq_per_channel"]
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            content = bytearray(path.read_bytes())
+            start = entry.header_offset + 30 + len(entry.filename)
+            content[start + entry.compress_size // 2] ^= 0xFF
+            name = entry.filename.removesuffix(".npy")
+            assert f"truncated or damaged ({name} cannot be read)" in refused(bytes(content))
 
 
-def test_a_changed_weight_names_its_tensor(packed, refused):
-    """Though the archive's own checksums fit."""
+@pytest.mark.parametrize("name", ["mask", "values.0", "values.3", "batch_norm.1"])
+def test_arrays_of_another_length(name, packed, refused):
+    for length in (0, 1, -1, 10):
 
+        def change(_, arrays, length=length):
+            arrays[name] = np.resize(arrays[name], max(len(arrays[name]) + length, 1) if length else 0)
+
+        message = refused(rewritten(packed["float32"], change))
+        assert "truncated or damaged" in message
+        assert name in message
+
+
+def test_gaps_that_do_not_end_with_the_weights(packed, refused):
     def change(_, arrays):
-        arrays["values"] = arrays["values"].copy()
-        arrays["values"][-1] ^= 1
+        arrays["gaps"] = np.append(arrays["gaps"], [255] * 1000 + [0]).astype(np.uint8)
 
-    assert "the checksum of classifier.1.weight is wrong" in refused(rewritten(packed["qmodel"], change))
+    assert "mask or gaps are longer than the weights" in refused(rewritten(packed["float32"], change))
 
 
-def test_damage_within_a_compressed_stream_names_a_tensor(packed, refused):
-    content = bytearray(packed["ptq_per_channel"].read_bytes())
-    with zipfile.ZipFile(packed["ptq_per_channel"]) as archive:
-        entry = archive.getinfo("values.npy")
-    content[entry.header_offset + 30 + len("values.npy") + entry.compress_size // 2] ^= 0xFF
-    message = refused(bytes(content))
-    assert "the checksum of features." in message
-    assert ".weight is wrong" in message
+def test_arrays_that_belong_to_nothing(packed, refused):
+    for more in ("more", "checksums", "values", "values.4"):
+
+        def change(_, arrays, more=more):
+            arrays[more] = np.zeros(1, np.uint8)
+
+        assert "members that belong to nothing" in refused(rewritten(packed["float32"], change))
+
+
+def test_not_a_number_is_refused(packed, refused):
+    def change(_, arrays):
+        for plane in range(4):
+            arrays[f"values.{plane}"] = np.full_like(arrays[f"values.{plane}"], 255)
+
+    assert "values holds NaN or infinity" in refused(rewritten(packed["float32"], change))
 
 
 @pytest.mark.parametrize(
@@ -415,9 +461,11 @@ def test_an_architecture_is_not_believed(name, architecture, packed, refused):
 HEADER_VALUES = (None, True, -1, 2**70, 1.5, "", "x", [], [1], {}, {"a": 1}, [[[]]])
 
 
-def mutated(path: Path, random: random.Random) -> bytes:
+def mutated(path: Path, random: random.Random) -> tuple[bytes, bool]:
     """A file with one to eight bytes changed, a piece cut, doubled or zeroed, or rewritten with an edited
     header, with streams swapped, missing, added, shortened or lengthened, whose checksums fit.
+
+    Also returned: whether it was rewritten so, in which case nothing tells that it was not packed so.
     """
     content = bytearray(path.read_bytes())
     kind = random.choice(("bits", "bits", "bits", "cut", "piece", "header", "streams"))
@@ -439,7 +487,7 @@ def mutated(path: Path, random: random.Random) -> bytes:
             key = random.choice(list(place))
             place[key] = random.choice(HEADER_VALUES)
 
-        return rewritten(path, edit)
+        return rewritten(path, edit), True
     else:
 
         def edit(_, arrays):
@@ -457,35 +505,30 @@ def mutated(path: Path, random: random.Random) -> bytes:
                     arrays[first], size + (length if change == "lengthen" else -min(length, size))
                 )
 
-        return rewritten(path, edit)
-    return bytes(content)
+        return rewritten(path, edit), True
+    return bytes(content), False
 
 
 def test_a_thousand_mutated_files_are_refused_or_hold_what_was_packed(packed, tmp_path):
     generator, path, refusals = random.Random(0), tmp_path / "mutated.packed", 0
-    names = ("float32", "ptq_per_channel")
-    expected = {}
-    for name in names:
-        module = packing_int8 if name in INT8_VARIANTS else packing_float
-        file = PackedFile(packed[name])
-        expected[name] = module, file.read(module.read_slots(file), module.STREAM_TYPES)
+    files = [packed["float32"], packed["ptq_per_channel"], *(tmp_path / f"version_2_{i}" for i in range(2))]
+    for old, new in zip(files[2:], files, strict=False):
+        old.write_bytes(as_version_2(new))
+    expected = [tensors_of(file) for file in files]
     for index in range(1000):
-        name = names[index % 2]
-        module, tensors_before = expected[name]
-        path.write_bytes(mutated(packed[name], generator))
+        content, is_rewritten = mutated(files[index % 4], generator)
+        path.write_bytes(content)
         try:
             if not is_packed(path):
                 # It is taken for weights then, which have tests of their own.
                 raise UserError("other")
-            file = PackedFile(path)
-            found = file.read(module.read_slots(file), module.STREAM_TYPES)
+            found = tensors_of(path)
         except UserError as error:
             assert len(str(error).splitlines()) == 1
             refusals += 1
             continue
-        assert list(found) == list(tensors_before)
-        for key, before in tensors_before.items():
-            assert (found[key].shape, found[key].tobytes()) == (before.shape, before.tobytes())
+        if not is_rewritten:
+            assert_equal_tensors(found, expected[index % 4])
     assert refusals > 800
 
 
@@ -494,7 +537,7 @@ def test_whole_models_of_mutated_files(name, packed, tmp_path):
     """The rest of the way, up to a model that runs."""
     generator, path = random.Random(1), tmp_path / "mutated.packed"
     for _ in range(40):
-        path.write_bytes(mutated(packed[name], generator))
+        path.write_bytes(mutated(packed[name], generator)[0])
         try:
             file = open_model(path)
         except UserError as error:
@@ -503,22 +546,17 @@ def test_whole_models_of_mutated_files(name, packed, tmp_path):
             assert file.parameters > 0
 
 
-def test_a_stream_that_is_longer_than_the_model_is_not_unpacked(packed, refused):
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+def test_a_stream_that_is_longer_than_the_model_is_not_unpacked(method, packed, refused):
     """A bomb in the place of a stream: 64 MB that take 64 kB."""
     source = zipfile.ZipFile(packed["float32"])
     written = io.BytesIO()
-    with zipfile.ZipFile(written, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(written, "w", method) as archive:
         for name in source.namelist():
-            if name == "values.npy":
-                with archive.open(name, "w") as member:
-                    member.write(npy_header(64 * 2**20))
-                    for _ in range(64):
-                        member.write(bytes(2**20))
-            else:
-                archive.writestr(name, source.read(name))
+            archive.writestr(name, bytes(64 * 2**20) if name == "values.0.npy" else source.read(name))
     tracemalloc.start()
     try:
-        assert "is wrong" in refused(written.getvalue())
+        assert "values.0 cannot be read" in refused(written.getvalue())
         assert tracemalloc.get_traced_memory()[1] < 2**25
     finally:
         tracemalloc.stop()
