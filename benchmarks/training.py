@@ -175,6 +175,7 @@ def time_case(
         # Not daemonic: the usual loop has worker processes of its own.
         process = context.Process(target=serve, args=(theirs, side, case, data, threads))
         process.start()
+        theirs.close()  # so that `recv` fails, rather than waits, if the process dies
         processes.append(process)
     for round_ in range(-1, rounds):
         for side, connection in connections.items():

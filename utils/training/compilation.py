@@ -1,4 +1,4 @@
-"""Training a compiled form of the model (torch.compile), which shares its weights with the plain one."""
+"""Training with torch.compile; the compiled model shares its weights with the original."""
 
 from typing import Any
 
@@ -30,9 +30,9 @@ def check_compiler(device: torch.device) -> None:
 
 
 def compiled(model: nn.Module) -> Any:
-    """Return what to call instead of `model`: compiled at the first call and when shapes or strides change.
+    """Return what to call instead of `model`; compiles at the first call and when shapes or strides change.
 
-    The model itself stays plain, so that copies, state_dict and evaluation are what they were.
-    Dropout draws the numbers that it draws without compilation.
+    The model itself is not changed, so copies, state_dict and evaluation work as before. Dropout draws
+    the same numbers as without compilation.
     """
     return torch.compile(model, dynamic=False, options={"fallback_random": True})

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = {torch.float32: (5,), torch.bfloat16: (3, 2)}
-"""Steps that are taken together, by the type that is computed with; five in all."""
+"""Numbers of steps that are taken together, by dtype; five in all."""
 MATRIX_MOMENTUM = 0.95
 IMAGE_CHANNELS = 3
 
@@ -17,14 +17,13 @@ class Muon(torch.optim.SGD):
     """Muon for the groups that say `orthogonalize`, SGD with Nesterov momentum for the others.
 
     Jordan et al., 2024 (https://kellerjordan.github.io/posts/muon/). torch.optim.Muon takes
-    two-dimensional parameters alone; here a convolution's (out, in, y, x) is the matrix
-    (out, in * y * x) that it computes with, and one optimizer (one schedule, one state) steps
-    everything.
+    only two-dimensional parameters; here a convolution's weight (out, in, y, x) is treated as the matrix
+    (out, in * y * x), and one optimizer (one schedule, one state) updates everything.
 
     Args:
-        groups: of parameters; each has `orthogonalize`, true or false.
+        groups: parameter groups, each with a boolean `orthogonalize`.
         dtype: float32 or bfloat16, in which updates are orthogonalized.
-        options: of torch.optim.SGD.
+        options: as for torch.optim.SGD.
     """
 
     def __init__(
@@ -35,7 +34,7 @@ class Muon(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step; the gradients of the orthogonalized groups are replaced by their updates."""
+        """Take one step; replaces the gradients of the orthogonalized groups by their updates."""
         for group in self.param_groups:
             if group["orthogonalize"]:
                 self._orthogonalize([p for p in group["params"] if p.grad is not None])
@@ -53,7 +52,7 @@ class Muon(torch.optim.SGD):
                 gradient_of(parameter).copy_(update.view_as(parameter))
 
     def _update(self, parameter: nn.Parameter) -> Tensor:
-        """The gradient with Nesterov momentum, as a matrix."""
+        """Return the gradient with Nesterov momentum, as a matrix."""
         state, gradient = self.state[parameter], gradient_of(parameter)
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
@@ -68,13 +67,13 @@ def gradient_of(parameter: nn.Parameter) -> Tensor:
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Of each matrix (…, m, n) the nearest with singular values of about 1, by five Newton-Schulz steps.
+    """Return the matrices (…, m, n) with their singular values brought near 1 by five Newton-Schulz steps.
 
-    They come to lie between 0.7 and 1.2, which serves as well as 1 and takes fewer steps.
+    The singular values end between 0.7 and 1.2, which works as well as 1 and takes fewer steps.
 
     Args:
-        matrices: as many of a shape as there are, which takes less time than one by one.
-        dtype: float32 or bfloat16, in which it is computed.
+        matrices: all matrices of one shape, since a batch is faster than one at a time.
+        dtype: float32 or bfloat16, used for the computation.
     """
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if is_tall else matrices
@@ -85,11 +84,11 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 def _step_together(x: Tensor, steps: int) -> Tensor:
-    """`steps` Newton-Schulz steps of wide matrices.
+    """Take `steps` Newton-Schulz steps on wide matrices.
 
     Each multiplies x by a polynomial of x @ x.T, and all of these commute: the steps are taken on the
-    small square matrix, and x is multiplied once. Rounding errors grow from step to step, which
-    bfloat16 bears for three.
+    small square matrix, and x is multiplied once. Rounding errors grow with each step; bfloat16
+    tolerates three.
     """
     a, b, c = NEWTON_SCHULZ
     gram = x @ x.mT
@@ -104,8 +103,8 @@ def _step_together(x: Tensor, steps: int) -> Tensor:
 
 
 def is_orthogonalized(parameter: nn.Parameter) -> bool:
-    """Whether a weight is that of a convolution that mixes many channels.
+    """Return whether a weight belongs to a convolution that mixes many channels.
 
-    Depthwise filters see one channel, and a stem the three of an image: too few to orthogonalize.
+    Depthwise filters see one channel and the stem three, too few to orthogonalize.
     """
     return parameter.ndim == 4 and parameter.shape[1] > IMAGE_CHANNELS

@@ -17,7 +17,7 @@ def parallelize(model: nn.Module) -> nn.Module:
         return model
     synchronized = {nn.BatchNorm2d: SynchronizedBatchNorm2d, nn.Dropout: SynchronizedDropout}
     recast(model, lambda layer, _before: synchronized.get(type(layer)))
-    # The two layouts of a 1x1 filter are the same bytes, only their strides are written differently.
+    # Both memory formats of a 1x1 filter are the same bytes; only the strides differ.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(model)
 
@@ -40,7 +40,7 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
         """Normalize (N, C, H, W) by the statistics of all processes' N * H * W values."""
         if not self.training or distributed.world_size() == 1:
             return super().forward(x)
-        # Variances within the processes and of their means; a difference of squares could be negative.
+        # The variance within processes plus that of their means; a difference of squares could be negative.
         x = x.float()  # with --amp it comes in bfloat16
         variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
         moments = x.new_zeros(distributed.world_size(), 2, x.shape[1])
@@ -64,7 +64,7 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
 
 
 class SynchronizedDropout(nn.Dropout):
-    """Dropout that draws for the whole batch and uses the part that is this process's own."""
+    """Dropout that draws the mask of the whole batch and applies this process's shard of it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop values of (N, C), each with probability `p`."""

@@ -1,4 +1,4 @@
-"""Training in bfloat16, where that is faster."""
+"""Whether --amp makes training faster on this machine."""
 
 import torch
 
@@ -10,7 +10,7 @@ def check_amp(device: torch.device) -> None:
     """Check --amp before the work starts.
 
     Raises:
-        UserError: the CPU that the run trains on does not compute with bfloat16.
+        UserError: the run trains on a CPU without fast bfloat16.
     """
     if device.type == "cpu" and not is_fast_in_bfloat16():
         raise UserError(
@@ -20,5 +20,5 @@ def check_amp(device: torch.device) -> None:
 
 
 def is_fast_in_bfloat16() -> bool:
-    """Whether training on this machine's CPU is faster in bfloat16."""
+    """Return whether this machine's CPU trains faster in bfloat16."""
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and build.available()

@@ -1,7 +1,6 @@
-"""Builds utils/training/kernels/kernels.cpp with the C++ compiler of the machine, once, and calls it.
+"""Builds kernels.cpp once, with the machine's C++ compiler, and calls it.
 
-The compiler is optional: `available` says whether there is one that works, and without it the layers
-of utils/training/kernels/layers.py compute with torch's own operations.
+The compiler is optional: `available` says whether one works. Without it torch's own operations train.
 """
 
 import ctypes
@@ -22,18 +21,18 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 LANES = 16
-"""Channels that a kernel takes at a time."""
+"""Channels that a kernel processes at once."""
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 TAPS = 9
 
 
 def available() -> bool:
-    """Whether the kernels can be used on this machine: there is a C++ compiler, and it makes them."""
+    """Return whether this machine has a C++ compiler that builds the kernels."""
     return _library() is not None
 
 
 def takes(x: Tensor, pixels_a_row: int = 1) -> bool:
-    """Whether the kernels compute on maps (N, C, H, W) of this type, size and layout."""
+    """Return whether the kernels support maps (N, C, H, W) of this dtype, size and layout."""
     return (
         x.device.type == "cpu"
         and x.dtype in TYPES
@@ -43,10 +42,10 @@ def takes(x: Tensor, pixels_a_row: int = 1) -> bool:
 
 
 def batch_norm_sums(rows: Tensor, running_mean: Tensor) -> Tensor:
-    """Sums (2, C), float64, of `x - running_mean` and of its square.
+    """Sum `x - running_mean` and its square over all pixels; the result is (2, C), float64.
 
     Args:
-        rows: (pixels / n, n * C), n pixels to a row.
+        rows: (pixels / n, n * C), n pixels per row.
         running_mean: float32 (C,).
     """
     sums = _sums(rows)
@@ -55,12 +54,12 @@ def batch_norm_sums(rows: Tensor, running_mean: Tensor) -> Tensor:
 
 
 def batch_norm_parameters(sums: Tensor, count: int, norm: nn.BatchNorm2d, row: int) -> Tensor:
-    """Mean, inverse of the standard deviation, scale and shift (4, row); the running statistics follow.
+    """Return mean, inverse standard deviation, scale and shift, (4, row); update the running statistics.
 
     Args:
-        sums: of `batch_norm_sums`, over all `count` pixels.
+        sums: from `batch_norm_sums`, over all `count` pixels.
         norm: with weight, bias and running statistics.
-        row: n * C, as in the rows that the parameters are for.
+        row: n * C, the length of the rows to normalize.
     """
     parameters = torch.empty(4, row)
     _call(
@@ -71,7 +70,7 @@ def batch_norm_parameters(sums: Tensor, count: int, norm: nn.BatchNorm2d, row: i
 
 
 def batch_norm_forward(rows: Tensor, parameters: Tensor, has_relu6: bool) -> Tensor:
-    """`x * scale + shift`, with ReLU6 behind it or not, of (pixels / n, n * C)."""
+    """Return `x * scale + shift` for rows (pixels / n, n * C), followed by ReLU6 if `has_relu6`."""
     y = torch.empty_like(rows)
     _call("batch_norm_forward", rows.dtype, rows, parameters, *rows.shape, has_relu6, y)
     return y
@@ -80,7 +79,7 @@ def batch_norm_forward(rows: Tensor, parameters: Tensor, has_relu6: bool) -> Ten
 def batch_norm_backward_sums(
     grad_rows: Tensor, rows: Tensor, parameters: Tensor, channels: int, has_relu6: bool
 ) -> Tensor:
-    """Sums (2, C), float64, of the gradient in front of the ReLU6 and of it times `x - mean`."""
+    """Sum the gradient before the ReLU6, and its product with `x - mean`; the result is (2, C), float64."""
     sums = _sums(rows)
     _call(
         "batch_norm_backward_sums", rows.dtype, grad_rows, rows, parameters, *rows.shape, channels, has_relu6,
@@ -92,10 +91,10 @@ def batch_norm_backward_sums(
 def batch_norm_backward(
     grad_rows: Tensor, rows: Tensor, parameters: Tensor, sums: Tensor, count: int, has_relu6: bool
 ) -> Tensor:
-    """The gradient of the rows.
+    """Return the gradient with respect to the rows.
 
     Args:
-        sums: of `batch_norm_backward_sums`, over all `count` pixels.
+        sums: from `batch_norm_backward_sums`, over all `count` pixels.
     """
     row = rows.shape[1]
     of_sums = torch.empty(2, row)
@@ -126,7 +125,7 @@ def _folded(sums: Tensor, channels: int) -> Tensor:
 
 
 def depthwise_forward(x: Tensor, taps: Tensor, stride: int) -> Tensor:
-    """A 3x3 depthwise convolution with padding 1 of (N, C, H, W), channels last.
+    """Convolve (N, C, H, W), channels last, with 3x3 depthwise filters and padding 1.
 
     Args:
         taps: float32 (9, C), contiguous.
@@ -140,7 +139,7 @@ def depthwise_forward(x: Tensor, taps: Tensor, stride: int) -> Tensor:
 
 
 def depthwise_backward_input(grad_y: Tensor, taps: Tensor, stride: int, size: torch.Size) -> Tensor:
-    """The gradient of the input, whose size is given."""
+    """Return the gradient with respect to the input, which has the given size."""
     if stride == 1:
         return depthwise_forward(grad_y, taps.flip(0).contiguous(), 1)
     count, channels, height, width = size
@@ -152,7 +151,7 @@ def depthwise_backward_input(grad_y: Tensor, taps: Tensor, stride: int, size: to
 
 
 def depthwise_backward_weight(grad_y: Tensor, x: Tensor, stride: int) -> Tensor:
-    """The gradient of the taps: float32 (9, C)."""
+    """Return the gradient with respect to the taps, float32 (9, C)."""
     count, channels, height, width = x.shape
     grad_taps = torch.empty(TAPS, channels)
     _call("depthwise_backward_weight", x.dtype, grad_y, x, count, height, width, channels, stride, grad_taps)
@@ -160,7 +159,7 @@ def depthwise_backward_weight(grad_y: Tensor, x: Tensor, stride: int) -> Tensor:
 
 
 def _call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
-    """Call the kernel for maps of this type; tensors go as addresses."""
+    """Call the kernel for this dtype; tensors are passed as addresses."""
     getattr(_library(), f"{name}_{TYPES[dtype]}")(*map(_as_c, arguments))
 
 
@@ -182,7 +181,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _build(compiler: str) -> Path:
-    """The compiled library in the user's cache; made if it is not there for this source and machine."""
+    """Return the library in the user's cache, compiled first if this source was not yet for this machine."""
     source = SOURCE.read_bytes()
     flags = subprocess.run(
         [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, check=True
@@ -192,7 +191,7 @@ def _build(compiler: str) -> Path:
     library = cache_home / "mobilenetv2-kernels" / f"{platform.machine()}-{key}.so"
     if not library.is_file():
         library.parent.mkdir(parents=True, exist_ok=True)
-        # Of several processes each makes its own, and the last one stands.
+        # Several processes may build at the same time: each has its own folder, and the last one wins.
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             made = Path(folder) / library.name
             subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, check=True)
