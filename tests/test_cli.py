@@ -62,7 +62,7 @@ def test_help_is_the_first_paragraph_and_the_defaults():
     assert "More for readers" not in text
     assert "passes over the images (default: 24)" in text
     assert "at most so many (default: all)" in text
-    assert "seed of every random choice (default: 0)" in text
+    assert "seed of every random generator (default: 0)" in text
     assert "None" not in text
     assert "False" not in text
 
