@@ -24,9 +24,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
 
 from models import MobileNetV2
 from models.mobilenetv2 import OUTPUT_STRIDES
@@ -58,7 +58,7 @@ class PillowImages(Dataset):
     """A split as the usual data sets give it: one PIL image and one label at a time."""
 
     def __init__(self, split: Split, transform: Callable) -> None:
-        self.images = [transforms.functional.to_pil_image(image) for image in split.images]
+        self.images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in split.images]
         self.labels = split.labels.tolist()
         self.transform = transform
 
@@ -74,6 +74,8 @@ class UsualLoop:
     """Trains as the well-known CIFAR repos do."""
 
     def __init__(self, split: Split, normalization: Normalization, case: Case) -> None:
+        from torchvision import transforms  # takes a second, and --help does not need it
+
         transform = transforms.Compose(
             [
                 transforms.RandomCrop(32, padding=4),

@@ -1,4 +1,4 @@
-"""MobileNetV2 in two forms, for training and pruning and for int8 quantization; ResNet-18 to teach it."""
+"""MobileNetV2 for training and pruning, its quantizable form, and ResNet-18 as a teacher."""
 
 from models.mobilenetv2 import MobileNetV2
 from models.mobilenetv2_quantization import MobileNetV2Quantization

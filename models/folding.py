@@ -1,4 +1,4 @@
-"""The network as a list of operations, and its batch norms folded into its weights."""
+"""The network as a list of operations, and batch norms folded into the weights."""
 
 import copy
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ class Operation:
     """One step of the network.
 
     Args:
-        kind: "convolution", "linear", "add" or "pool" (the mean of each map).
-        name: of its module in the model; POOL for the pooling, which has none.
+        kind: "convolution", "linear", "add" or "pool" (global average pooling).
+        name: the name of its module in the model; POOL for the pooling, which has no module.
         inputs: names of the operations whose outputs it takes; INPUT stands for the images.
-        layer: the convolution or linear layer, None for the others.
+        layer: the convolution or linear layer; None for other kinds.
         has_relu6: whether the output is clamped to [0, 6].
     """
 
@@ -36,7 +36,7 @@ class Operation:
 
 
 def walk(model: MobileNetV2) -> list[Operation]:
-    """List the operations of a float model in forward order; batch norms belong to their convolution."""
+    """Return the operations of a float model in forward order; batch norms count as part of convolutions."""
     operations: list[Operation] = []
     entering = INPUT
     for index, block in enumerate(model.features):
@@ -61,7 +61,7 @@ def walk(model: MobileNetV2) -> list[Operation]:
 
 
 def fold_batch_norms(model: MobileNetV2) -> MobileNetV2:
-    """Return a copy in eval mode whose batch norms are folded into its convolutions; outputs stay."""
+    """Return an equivalent copy in eval mode, with batch norms folded into the convolutions."""
     folded = copy.deepcopy(model).eval()
     for sequence in [module for module in folded.modules() if isinstance(module, nn.Sequential)]:
         for index in range(len(sequence) - 1):
@@ -74,11 +74,11 @@ def fold_batch_norms(model: MobileNetV2) -> MobileNetV2:
 
 @torch.no_grad()
 def without_constant_channels(model: MobileNetV2) -> MobileNetV2:
-    """Return a copy of a float model in which a channel that hardly varies is constant.
+    """Return a copy of a float model with nearly constant channels made constant.
 
-    Where a convolution's input is dead, its batch norm divides by the root of next to nothing: the
-    folded weight is hundreds of times larger than all others, adds nothing to the output, and leaves
-    a scale for the whole tensor that rounds the others to zero.
+    If the input of a convolution is dead, its batch norm divides by a variance close to zero. The folded
+    weight is then hundreds of times larger than the others but adds nothing to the output, and a
+    per-tensor scale that covers it rounds the others to zero.
     """
     model = copy.deepcopy(model)
     for norm in model.modules():
@@ -90,6 +90,6 @@ def without_constant_channels(model: MobileNetV2) -> MobileNetV2:
 
 
 def folded_weights(model: MobileNetV2) -> dict[str, Tensor]:
-    """Return the weight of each layer with its batch norm folded in; constant channels are zero."""
+    """Return the weight of each layer with its batch norm folded in, and constant channels set to zero."""
     folded = fold_batch_norms(without_constant_channels(model))
     return {name: layer.weight.detach() for name, layer in prunable_layers(folded).items()}

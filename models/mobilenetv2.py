@@ -1,6 +1,6 @@
 """MobileNetV2 (Sandler et al., 2018, https://arxiv.org/abs/1801.04381).
 
-The state_dict is torchvision's own, key for key and shape for shape, so weights move between
+The state_dict has the keys and shapes of torchvision's, so weights move between
 `torchvision.models.mobilenet_v2` and this class without conversion.
 """
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# NOTE: torchvision's strides are made for 224x224 images. At 32x32 they leave a 1x1 map after
-# five halvings, so small images want fewer of them. The weights do not depend on the choice.
+# NOTE: torchvision's strides are meant for 224x224 images. At 32x32 its five halvings leave a 1x1 map,
+# so small images need fewer of them. The shapes of the weights do not depend on the choice.
 STEM_STRIDES = {32: 2, 16: 1, 8: 1}
 STAGE_24_STRIDES = {32: 2, 16: 2, 8: 1}
 OUTPUT_STRIDES = tuple(STEM_STRIDES)
@@ -18,7 +18,7 @@ FIRST_BLOCK_OF_STAGE_24 = 2
 
 
 def inverted_residual_settings(output_stride: int) -> list[tuple[int, int, int, int]]:
-    """Table 2 of the paper, as rows (expansion t, channels c, repeats n, first stride s)."""
+    """Return table 2 of the paper as rows (expansion t, channels c, repeats n, first stride s)."""
     return [
         # t, c,   n, s
         (1, 16, 1, 1),
@@ -36,7 +36,7 @@ HEAD_CHANNELS = 1280
 
 
 def round_channels(channels: float, divisor: int = 8) -> int:
-    """Round to a multiple of `divisor`, never more than 10 % below `channels`."""
+    """Round to a multiple of `divisor`, but never down by more than 10 %."""
     rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
     if rounded < 0.9 * channels:
         rounded += divisor
@@ -46,7 +46,7 @@ def round_channels(channels: float, divisor: int = 8) -> int:
 def conv_bn(
     in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, groups: int = 1
 ) -> list[nn.Module]:
-    """A convolution that keeps the map's size at stride 1, and its batch norm."""
+    """Return a convolution that preserves the size of the map at stride 1, and its batch norm."""
     padding = (kernel_size - 1) // 2
     return [
         nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False),
@@ -55,12 +55,12 @@ def conv_bn(
 
 
 def conv_bn_relu6(*args: int, **kwargs: int) -> nn.Sequential:
-    """`conv_bn` with the activation behind it."""
+    """Return `conv_bn` followed by ReLU6."""
     return nn.Sequential(*conv_bn(*args, **kwargs), nn.ReLU6(inplace=True))
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, 3x3 depthwise, 1x1 linear projection; a shortcut where shapes allow it."""
+    """1x1 expansion, 3x3 depthwise, 1x1 linear projection; a shortcut where the shapes allow one."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -85,8 +85,8 @@ class MobileNetV2(nn.Module):
         num_classes: number of outputs.
         width_mult: multiplies the channels of every layer; 1.0 with 10 classes has 2,236,682
             parameters.
-        dropout: probability in front of the classifier while training.
-        output_stride: how many times smaller the last map is than the image: 32 (torchvision's),
+        dropout: probability before the classifier during training.
+        output_stride: ratio of the sizes of the image and the last map: 32 (as in torchvision),
             16 (stem at stride 1) or 8 (stem and the 24-channel stage at stride 1).
 
     Raises:
@@ -104,7 +104,7 @@ class MobileNetV2(nn.Module):
     ) -> None:
         super().__init__()
         if output_stride not in OUTPUT_STRIDES:
-            raise ValueError(f"output_stride is {output_stride}, and may be one of {OUTPUT_STRIDES}")
+            raise ValueError(f"output_stride {output_stride} must be one of {OUTPUT_STRIDES}")
         if num_classes < 1 or width_mult <= 0 or not 0 <= dropout < 1:
             raise ValueError(
                 f"num_classes {num_classes} must be at least 1, width_mult {width_mult} above 0, "
@@ -126,8 +126,8 @@ class MobileNetV2(nn.Module):
                 channels = out_channels
         head_channels = round_channels(HEAD_CHANNELS * max(1.0, width_mult))
         features.append(conv_bn_relu6(channels, head_channels, kernel_size=1))
-        # Narrow models have as many channels before as behind it; at stride 2 it has no shortcut, and
-        # weights mean the same at each output stride only if it has none at stride 1 either.
+        # In narrow models this block has as many input as output channels. It has no shortcut at stride 2,
+        # so it must not have one at stride 1: weights have to mean the same at every output stride.
         first_of_stage_24 = features[FIRST_BLOCK_OF_STAGE_24]
         assert isinstance(first_of_stage_24, InvertedResidual)
         first_of_stage_24.use_res_connect = False
@@ -136,7 +136,7 @@ class MobileNetV2(nn.Module):
         self._initialize_weights()
 
     def set_output_stride(self, output_stride: int) -> None:
-        """Run the same weights at another output stride (coarser is faster, finer more accurate)."""
+        """Change the output stride and keep the weights (32 is fastest, 8 most accurate)."""
         self.architecture["output_stride"] = output_stride
         depthwise = f"features.{FIRST_BLOCK_OF_STAGE_24}.conv.1.0"
         for name, strides in (("features.0.0", STEM_STRIDES), (depthwise, STAGE_24_STRIDES)):

@@ -1,7 +1,7 @@
-"""MobileNetV2 with what int8 quantization needs: entry, exit, observable additions, fusion.
+"""MobileNetV2 with what int8 quantization needs: quant and dequant stubs, observable additions, fusion.
 
-State_dict and float outputs are MobileNetV2's. ReLU6 stays ReLU6: utils/quantization/eager.py folds it
-into the range of the convolution in front of it, where the clamp costs nothing.
+The state_dict and the float outputs are those of MobileNetV2. ReLU6 stays ReLU6:
+utils/quantization/eager.py folds it into the range of the preceding convolution, where it costs nothing.
 """
 
 from itertools import pairwise
@@ -15,7 +15,7 @@ from models.mobilenetv2 import InvertedResidual, MobileNetV2
 
 
 class InvertedResidualQuantization(InvertedResidual):
-    """An inverted residual whose addition has a range of its own and becomes one int8 operation."""
+    """An inverted residual whose addition has its own range and becomes a single int8 operation."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
         super().__init__(in_channels, out_channels, stride, expansion)
@@ -27,7 +27,7 @@ class InvertedResidualQuantization(InvertedResidual):
 
 
 class MobileNetV2Quantization(MobileNetV2):
-    """MobileNetV2 that can be quantized; takes the same arguments and the same state_dict."""
+    """A quantizable MobileNetV2 with the same arguments and the same state_dict."""
 
     block = InvertedResidualQuantization
 
@@ -44,22 +44,22 @@ class MobileNetV2Quantization(MobileNetV2):
 
     @classmethod
     def from_float(cls, model: MobileNetV2) -> "MobileNetV2Quantization":
-        """A model in eval mode with copies of the weights of a MobileNetV2."""
+        """Return a model in eval mode with copies of the weights of a MobileNetV2."""
         quantizable = cls(**model.architecture)
         quantizable.load_state_dict(model.state_dict())
         return quantizable.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map normalized float images (N, 3, H, W) to float logits (N, num_classes)."""
-        # Not super().forward, which TorchScript does not know.
+        # TorchScript does not support super().forward.
         x = self.features(self.quant(x))
         x = nn.functional.adaptive_avg_pool2d(x, (1, 1))
         return self.dequant(self.classifier(torch.flatten(x, 1)))
 
     def fuse_for_qat(self) -> None:
-        """Merge each convolution with its batch norm, in place, which stays trainable; the outputs stay."""
+        """Fuse each convolution with its batch norm in place, preserving outputs; both stay trainable."""
         was_training = self.training
-        # torch fuses for QAT in train mode alone.
+        # torch fuses for QAT only in train mode.
         self.train()
         for sequence in [m for m in self.modules() if isinstance(m, nn.Sequential)]:
             for (name, module), (next_name, next_module) in pairwise(list(sequence.named_children())):

@@ -1,7 +1,7 @@
 """ResNet-18 (He et al., 2015, https://arxiv.org/abs/1512.03385) for small images.
 
 A teacher: it takes six times the multiply-adds of MobileNetV2 and makes different mistakes. The
-state_dict is torchvision's, key for key, but for the 3x3 stem and the dropout before the last layer.
+state_dict has torchvision's keys, except that the stem is 3x3 and dropout precedes the last layer.
 """
 
 from typing import Any
@@ -15,12 +15,12 @@ STEM_CHANNELS = 64
 
 
 def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
-    """Return a convolution that keeps the map's size at stride 1."""
+    """Return a convolution that preserves the size of the map at stride 1."""
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut, which is a 1x1 convolution where shapes differ."""
+    """Two 3x3 convolutions and a shortcut, which is a 1x1 convolution where the shapes differ."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class BasicBlock(nn.Module):
 
 
 def stage(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-    """Return two blocks, of which the first changes channels and size."""
+    """Return two blocks; the first changes the number of channels and the size."""
     return nn.Sequential(
         BasicBlock(in_channels, out_channels, stride), BasicBlock(out_channels, out_channels, stride=1)
     )
@@ -53,9 +53,9 @@ class ResNet18(nn.Module):
 
     Args:
         num_classes: number of outputs.
-        dropout: probability before the last layer while training.
-        output_stride: how many times smaller the last map is than the image: 32 (stem at stride 2,
-            then max pooling), 16 (stem at stride 1) or 8 (no pooling either). The weights do not
+        dropout: probability before the last layer during training.
+        output_stride: ratio of the sizes of the image and the last map: 32 (stem at stride 2, then max
+            pooling), 16 (stem at stride 1) or 8 (no pooling either). The shapes of the weights do not
             depend on it.
 
     Raises:
@@ -79,8 +79,8 @@ class ResNet18(nn.Module):
         self.layer4 = stage(256, 512, stride=2)
         self.fc = nn.Sequential(nn.Dropout(dropout), nn.Linear(512, num_classes))
         self._initialize_weights()
-        # NOTE: 7x7 is for images of 224x224; small ones want 3x3. It is replaced only now, as one does
-        # with torchvision's model, so that a seed draws the same weights as there.
+        # NOTE: a 7x7 stem is meant for images of 224x224; small ones need 3x3. Replaced only after
+        # initialization, as one would in torchvision's model, so a seed gives the same weights as there.
         self.conv1 = conv(3, STEM_CHANNELS, kernel_size=3)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out")
         self.set_output_stride(output_stride)
@@ -94,7 +94,7 @@ class ResNet18(nn.Module):
                 nn.init.zeros_(module.bn2.weight)
 
     def set_output_stride(self, output_stride: int) -> None:
-        """Run the same weights at another output stride (coarser is faster, finer more accurate)."""
+        """Change the output stride and keep the weights (32 is fastest, 8 most accurate)."""
         self.architecture["output_stride"] = output_stride
         self.conv1.stride = (STEM_STRIDES[output_stride],) * 2
         self.maxpool: nn.Module = nn.Identity()

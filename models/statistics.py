@@ -1,4 +1,4 @@
-"""What a model holds and costs: parameters, nonzeros, multiply-adds, size."""
+"""Statistics of a model: parameters, nonzeros, multiply-adds, size."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ LAYER_KINDS = ("expansion 1×1", "depthwise 3×3", "projection 1×1", "stem and 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """One prunable weight: its layer's name, shape, parameters, nonzeros and multiply-adds.
+    """Name, shape, parameters, nonzeros and multiply-adds of a prunable layer.
 
-    `parameters` counts the weight alone; `macs` is for one image.
+    `parameters` counts only the weight, not the bias; `macs` is per image.
     """
 
     name: str
@@ -37,38 +37,38 @@ class ModelStatistics:
 
     @property
     def density(self) -> float:
-        """Fraction of the parameters that are not zero."""
+        """Return the fraction of parameters that are nonzero."""
         return self.nonzeros / self.parameters
 
     @property
     def dense_size_mb(self) -> float:
-        """MB of all parameters as float32."""
+        """Return the size of all parameters as float32, in MB."""
         return self.parameters * BYTES_PER_FLOAT / BYTES_PER_MB
 
     @property
     def nonzero_size_mb(self) -> float:
-        """MB of the nonzero parameters as float32, without any index; not the size of a file."""
+        """Return the size of the nonzero parameters as float32, without indices, in MB; not a file size."""
         return self.nonzeros * BYTES_PER_FLOAT / BYTES_PER_MB
 
 
 def prunable_layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
-    """The layers whose weights can be pruned, in forward order: name to convolution or linear."""
+    """Return the prunable layers (convolutions and linear layers) by name, in forward order."""
     return {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)
     }
 
 
 def count_macs(model: nn.Module, image_size: int) -> dict[str, int]:
-    """Multiply-adds of each prunable layer for one image of `image_size` pixels a side.
+    """Return the multiply-adds per layer for one image of `image_size` x `image_size` pixels.
 
-    Biases, batch norms, activations and pooling are not counted, as usual in the field.
+    As is usual, biases, batch norms, activations and pooling are not counted.
     """
     macs: dict[str, int] = {}
     layers = prunable_layers(model)
 
     def hook_for(name: str):
         def hook(module: nn.Conv2d | nn.Linear, _inputs: tuple, output: torch.Tensor) -> None:
-            # Each output element takes one multiply-add a weight of its filter.
+            # Each output element takes one multiply-add per weight of its filter.
             macs[name] = output[0].numel() * module.weight[0].numel()
 
         return hook
@@ -86,7 +86,7 @@ def count_macs(model: nn.Module, image_size: int) -> dict[str, int]:
 
 
 def model_statistics(model: nn.Module, image_size: int) -> ModelStatistics:
-    """Statistics of a float model that takes images of `image_size` pixels a side."""
+    """Return the statistics of a float model for images of `image_size` x `image_size` pixels."""
     macs = count_macs(model, image_size)
     layers = tuple(
         LayerStatistics(
@@ -108,7 +108,7 @@ def model_statistics(model: nn.Module, image_size: int) -> ModelStatistics:
 
 
 def layer_kind(name: str, shape: Sequence[int]) -> str:
-    """Which part of MobileNetV2 a layer is, one of LAYER_KINDS, told by its weight's shape."""
+    """Return which of LAYER_KINDS a layer of MobileNetV2 is, judged by the shape of its weight."""
     if len(shape) == 4 and shape[2:] == (1, 1):
         return LAYER_KINDS[0] if shape[0] > shape[1] else LAYER_KINDS[2]
     return LAYER_KINDS[1] if len(shape) == 4 and shape[1] == 1 else LAYER_KINDS[3]

@@ -157,4 +157,4 @@ def test_a_file_for_an_engine_that_does_not_run_here(benchmark, tiny_scripted, t
     path = tmp_path / "another.pt"
     save_torchscript(path, to_torchscript(model, 32), replace(metadata, engine="another"))
     message = benchmark(path, expect=2).stderr
-    assert "engine another, which this machine does not run" in message
+    assert "engine another, which this machine does not support" in message

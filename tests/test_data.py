@@ -102,7 +102,7 @@ def test_load_data_splits_and_says_what_is_empty(tiny_folder):
     assert len(load_data(arguments("folder", tiny_folder, val_size=60)).train) == 120
     with pytest.raises(UserError, match="the val split holds no images: give a larger --val_size"):
         load_data(arguments("folder", tiny_folder, val_size=0)).split("val")
-    with pytest.raises(UserError, match="--val_size 180 leaves nothing of 180 training images"):
+    with pytest.raises(UserError, match="--val_size 180 leaves none of the 180 training images"):
         load_data(arguments("folder", tiny_folder, val_size=180))
 
 
@@ -120,7 +120,7 @@ def test_the_size_of_images_is_the_flag_then_the_models_then_32(tiny_folder):
         return data.test.images.shape[-1]
 
     assert [side(None, None), side(None, 24), side(16, 24)] == [32, 24, 16]
-    with pytest.raises(UserError, match="--image_size 24 goes with --dataset folder: synthetic has images"):
+    with pytest.raises(UserError, match="--image_size 24 needs --dataset folder: synthetic has images"):
         load_data(arguments("synthetic"), image_size=24)
 
 
@@ -392,19 +392,19 @@ def test_a_folder_that_takes_no_cache_is_read_with_one_note(folder, capsys):
 
 def no_folder(folder):
     folder.rename(folder.with_name("elsewhere"))
-    return f"{folder / 'train'} is no folder"
+    return f"{folder / 'train'} is not a folder"
 
 
 def no_test(folder):
     (folder / "test").rename(folder / "elsewhere")
-    return f"{folder / 'test'} is no folder"
+    return f"{folder / 'test'} is not a folder"
 
 
 def no_classes(folder):
     for path in sorted((folder / "train").rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     write_image(folder / "train" / "0.png", plain(1))
-    return f"{folder / 'train'} holds no images: it wants one folder a class"
+    return f"{folder / 'train'} holds no images: put them into one folder per class"
 
 
 def no_images(folder):

@@ -50,8 +50,8 @@ def test_the_device_is_what_is_asked_for_or_the_best_there_is(machine, gpus, ask
 @pytest.mark.parametrize(
     ("gpus", "args", "says"),
     [
-        ({}, {"device": "cuda"}, "--device cuda is not there: use one of cpu, or auto"),
-        ({"cuda": 1}, {"device": "mps"}, "--device mps is not there: use one of cuda, cpu, or auto"),
+        ({}, {"device": "cuda"}, "--device cuda is not available: use one of cpu, or auto"),
+        ({"cuda": 1}, {"device": "mps"}, "--device mps is not available: use one of cuda, cpu, or auto"),
         ({"cuda": 2, "local_rank": 2}, {"device": "auto"}, "process 2 finds 2 GPUs"),
     ],
 )
@@ -92,11 +92,11 @@ def test_batches_go_where_the_model_is():
 def test_scripts_say_so_before_the_work_starts(run_script, tiny_weights, tiny_scripted, tmp_path):
     output = tmp_path / "w" / "m.pth"
     for argv, says in {
-        ("train.py", "--device", "cuda", "--output", output): "--device cuda is not there",
+        ("train.py", "--device", "cuda", "--output", output): "--device cuda is not available",
         ("train.py", "--device", "tpu", "--output", output): "--device",
-        ("quantization_aware_training.py", "--device", "cuda", "--output", output): "is not there",
+        ("quantization_aware_training.py", "--device", "cuda", "--output", output): "is not available",
         ("quantization_aware_training.py", "--device", "mps", "--output", output): "--device",
-        ("evaluate.py", "--weights", tiny_weights, "--device", "cuda"): "--device cuda is not there",
+        ("evaluate.py", "--weights", tiny_weights, "--device", "cuda"): "--device cuda is not available",
         (
             *("evaluate.py", "--weights", tiny_scripted / "mobilenetv2_ptq_per_channel.pt"),
             *("--device", "cuda"),

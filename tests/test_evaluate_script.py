@@ -225,7 +225,7 @@ def test_bad_input(evaluate, tiny_weights, tiny_folder, tmp_path):
     other = open_weights(tiny_weights)
     other.class_names = ("blue", "red", "green")
     save_weights(tmp_path / "other.pth", other, Namespace())
-    assert "knows class 1 as 'red', the images as 'green'" in refused("--weights", tmp_path / "other.pth")
+    assert "has 'red' as class 1, the images have 'green'" in refused("--weights", tmp_path / "other.pth")
     (tmp_path / "there.json").write_text("old")
     assert "there.json exists: give --force" in refused(
         "--weights", tiny_weights, "--record", tmp_path / "there.json"

@@ -127,7 +127,7 @@ def test_an_output_that_exists_wants_force(target):
         ("{tmp}/file.txt/weights.pth", "cannot be written"),
         ("/proc/weights.pth", "cannot be written"),
         ("/proc/new_folder/weights.pth", "cannot be written"),
-        ("/dev/null", "no regular file"),
+        ("/dev/null", "not a regular file"),
         ("{tmp}/" + "x" * 300, "cannot be written"),
         ("{tmp}/loop/weights.pth", "cannot be written"),
     ],

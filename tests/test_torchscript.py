@@ -263,7 +263,7 @@ def test_a_torchscript_file_of_another_project(refused):
 
 def test_an_engine_that_this_machine_lacks(refused, content):
     message = refused(with_metadata(content, engine="tpu"), open_model)
-    assert "made for the quantization engine tpu, which this machine does not run" in message
+    assert "made for the quantization engine tpu, which this machine does not support" in message
     assert ENGINE in message
 
 

@@ -371,7 +371,7 @@ def test_another_number_of_classes():
 
 
 def test_other_class_names_or_another_order():
-    with pytest.raises(UserError, match=r"w\.pth knows class 1 as 'dog', the images as 'horse'"):
+    with pytest.raises(UserError, match=r"w\.pth has 'dog' as class 1, the images have 'horse'"):
         check_classes("w.pth", ("cat", "dog"), 2, images_of("cat", "horse"))
-    with pytest.raises(UserError, match=r"w\.pth knows class 0 as 'dog', the images as 'cat'"):
+    with pytest.raises(UserError, match=r"w\.pth has 'dog' as class 0, the images have 'cat'"):
         check_classes("w.pth", ("dog", "cat"), 2, images_of("cat", "dog"))

@@ -1,4 +1,4 @@
-"""Accuracy and loss of a model on a split."""
+"""Accuracy and loss of a model on a data split."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from utils.common.distributed import all_reduce_sum
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Counts of right answers, in all and by class, and the mean cross-entropy per image (nats)."""
+    """Counts of correct predictions, in total and by class, and the mean cross-entropy per image (nats)."""
 
     correct: int
     total: int
@@ -22,20 +22,20 @@ class Evaluation:
 
     @property
     def accuracy_pct(self) -> float:
-        """Share of right answers in percent."""
+        """Return the top-1 accuracy in percent."""
         return 100 * self.correct / self.total
 
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], sharded: bool = False) -> Evaluation:
-    """Evaluate `model`, in eval mode for the time of the call.
+    """Evaluate `model` in eval mode, and restore its mode.
 
     Args:
-        model: maps images (B, 3, H, W) to logits (B, classes); float, quantized or scripted. It runs
-            where it is.
-        batches: of the split to evaluate on.
-        sharded: whether each process of a run over several has a slice of each batch, so that the
-            counts of all are added up; every process must make the call then.
+        model: maps images (B, 3, H, W) to logits (B, classes); float, quantized or scripted. It stays
+            on its device.
+        batches: of images and labels (B,).
+        sharded: each process of a distributed run holds one shard of each batch, so sum the counts over
+            all processes. Every process must make this call.
     """
     was_training = model.training
     model.eval()

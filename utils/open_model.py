@@ -1,4 +1,4 @@
-"""Opens a file of any kind that holds a model: weights, a qmodel, TorchScript, or packed."""
+"""Open a model from any file: weights, a qmodel, TorchScript, or a packed file."""
 
 import os
 from dataclasses import dataclass
@@ -28,10 +28,10 @@ class ModelFile:
     """A model that is ready to run, and what its file says about it.
 
     Args:
-        path: where it was read.
-        metadata: of the model.
+        path: the file.
+        metadata: metadata of the model.
         model: in eval mode; maps normalized images (N, 3, H, W) to logits (N, classes).
-        source: what the model was made from: weights, int8 tensors, or float weights with the batch
+        source: what the model was built from: weights, int8 tensors, or a float model with its batch
             norms folded.
     """
 
@@ -41,12 +41,12 @@ class ModelFile:
     source: Weights | Int8Model | MobileNetV2
 
     def use_engine(self) -> None:
-        """Let the engine that the model was made for run what comes next; a float model has none."""
+        """Select the quantization engine that an int8 model was made for; do nothing for a float model."""
         if self.metadata.engine is not None:
             eager.use_engine(self.metadata.engine)
 
     def fit(self, data: ImageData) -> Normalization:
-        """Check the classes against those of the images and return the normalization to use.
+        """Check that the data set has the classes of the model, and return the normalization to use.
 
         Raises:
             UserError: the number of classes or their names differ.
@@ -65,13 +65,13 @@ def open_model(
 
     Args:
         path: the file.
-        output_stride: replaces the file's own, where it is not fixed.
-        kinds: the kinds of weights that the caller takes, as for `open_weights`; TorchScript and packed
-            int8 files are always taken.
+        output_stride: overrides the one in the file, unless that is fixed.
+        kinds: the kinds of weights that the caller accepts, as for `open_weights`; TorchScript and
+            packed int8 files are always accepted.
 
     Raises:
-        UserError: the file is missing, broken or foreign, its engine is not supported here, or its
-            output stride is fixed.
+        UserError: the file is missing, damaged or foreign, its engine is not supported here, or its
+            output stride is fixed but another one was given.
     """
     path = check_input(path, "model file")
     read = read_int8 if is_packed_int8(path) else read_torchscript if is_torchscript(path) else None
@@ -83,27 +83,18 @@ def open_model(
             f"{path} is int8 or TorchScript, its output stride is fixed: leave --output_stride out"
         )
     source, metadata = read(path)
-    check_engine(path, metadata.engine)
+    supported = eager.supported_engines()
+    if metadata.engine not in (None, *supported):
+        raise UserError(
+            f"{path} was made for the quantization engine {metadata.engine}, which this machine does not "
+            f"support (it supports {', '.join(supported)}): make it again with --backend"
+        )
     with eager.engine(metadata.engine):
         return ModelFile(path, metadata, to_torchscript(source, metadata.image_size), source)
 
 
-def check_engine(path: Path, engine: str | None) -> None:
-    """Make sure that this machine runs the engine of a file.
-
-    Raises:
-        UserError: it does not.
-    """
-    supported = eager.supported_engines()
-    if engine is not None and engine not in supported:
-        raise UserError(
-            f"{path} was made for the quantization engine {engine}, which this machine does not run (it "
-            f"runs {', '.join(supported)}): make it anew with --backend"
-        )
-
-
 def metadata_of(weights: Weights) -> Metadata:
-    """Return what is known of weights."""
+    """Return the metadata of weights, with the statistics of their model."""
     statistics = model_statistics(weights.model, weights.image_size)
     return Metadata(
         variant=weights.kind,
@@ -122,17 +113,17 @@ def metadata_of(weights: Weights) -> Metadata:
 
 
 def open_teacher(paths: list[str] | None, student: Weights, device: torch.device) -> Ensemble | None:
-    """Open the files of --teacher as one model in eval mode, or return None if there are none.
+    """Open the files of --teacher as one model in eval mode; return None if there are none.
 
     Args:
-        paths: any files that hold a model. An int8 model answers much faster than the float model it
-            was made from, and nearly the same.
-        student: the model to train, with its class names and its normalization.
-        device: where both run.
+        paths: files of any kind that hold a model. An int8 model is much faster than the float model it
+            was made from, and gives nearly the same outputs.
+        student: the model to train, with its class names and normalization.
+        device: the device of both.
 
     Raises:
-        UserError: a file holds no model, its classes or its normalization differ from the student's,
-            or it is int8 and the device is not the CPU.
+        UserError: a file holds no model, its classes or normalization differ from the student's, or it
+            is int8 and the device is not the CPU.
     """
     if not paths:
         return None
@@ -144,12 +135,12 @@ def _open_member(path: str, student: Weights, device: torch.device) -> nn.Module
     known = teacher.metadata
     classes = known.architecture["num_classes"], student.model.architecture["num_classes"]
     if classes[0] != classes[1] or known.class_names not in (None, student.class_names):
-        raise UserError(f"--teacher {path} knows other classes than the model: give one of the same data set")
+        raise UserError(f"--teacher {path} has other classes than the model: give one of the same data set")
     if known.normalization not in (None, student.normalization):
         raise UserError(
             f"--teacher {path} was trained with another normalization than the model: "
             "give one of the same data set and --val_size"
         )
     if known.engine is not None and device.type != "cpu":
-        raise UserError(f"--teacher {path} is int8, which runs on a CPU alone: give float weights")
+        raise UserError(f"--teacher {path} is int8, which runs only on a CPU: give float weights")
     return teacher.model.to(device).to(memory_format=torch.channels_last)

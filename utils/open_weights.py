@@ -1,4 +1,4 @@
-"""Opens a file of any kind that holds float weights."""
+"""Open float weights from any file that holds them."""
 
 import os
 from dataclasses import replace
@@ -13,12 +13,12 @@ from utils.packing.format import is_packed
 def open_weights(
     path: str | os.PathLike, kinds: str | tuple[str, ...] = "float", output_stride: int | None = None
 ) -> Weights:
-    """Rebuild a model from its file.
+    """Open a weights file and build its model.
 
     Args:
         path: weights (.pth), packed float weights, or a bare state_dict of torchvision's MobileNetV2.
-        kinds: the kinds that the caller takes, one or several of MODEL_CLASSES.
-        output_stride: replaces the file's own; the weights do not depend on it.
+        kinds: the kind or kinds that the caller accepts, keys of MODEL_CLASSES.
+        output_stride: overrides the one in the file; the weights do not depend on it.
 
     Raises:
         UserError: the file is missing, truncated, not weights, of another kind, or does not fit the
@@ -30,11 +30,11 @@ def open_weights(
 
 
 def open_qmodel(path: str | os.PathLike, output_stride: int | None = None) -> Weights:
-    """Read weights to quantize: a qmodel, or float weights, which are converted to one.
+    """Open weights to quantize: a qmodel, or float weights, which are converted to one.
 
     Args:
-        path: any file that `open_weights` takes.
-        output_stride: replaces the file's own.
+        path: any file that `open_weights` accepts.
+        output_stride: overrides the one in the file.
 
     Raises:
         UserError: as `open_weights`.

@@ -2,10 +2,9 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from torch import Tensor, nn
 
 from models.folding import folded_weights
@@ -16,6 +15,9 @@ from utils.open_model import ModelFile
 from utils.packing.format import is_packed
 from utils.packing.pack import packed_sizes
 from utils.quantization.int8_model import Int8Model
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Safe for colour-blind readers: Okabe & Ito's colours for layers, Tol's muted ones for bytes.
 KIND_COLORS = dict(zip(LAYER_KINDS, ("#0072B2", "#E69F00", "#009E73", "#CC79A7"), strict=True))
@@ -59,13 +61,15 @@ def _weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: layer.weight.detach() for name, layer in prunable_layers(model).items()}
 
 
-def file_bytes(file: ModelFile) -> pd.DataFrame:
+def file_bytes(file: ModelFile) -> "pd.DataFrame":
     """Return where the bytes of a file go.
 
     Returns:
         Columns as those of `packed_sizes`. What is no tensor of a layer counts as header, in a layer
         without a name. The sum of `bytes` is the size of the file.
     """
+    import pandas as pd
+
     if is_packed(file.path):
         return packed_sizes(file.path)
     rows = _int8_bytes(file.source) if isinstance(file.source, Int8Model) else _float_bytes(file)
@@ -100,7 +104,7 @@ def plot_model(
     path: str | os.PathLike,
     title: str,
     weights: dict[str, np.ndarray],
-    sizes: pd.DataFrame,
+    sizes: "pd.DataFrame",
     histograms: dict[str, dict[str, np.ndarray]],
     histogram_of: str = "weight",
 ) -> None:
@@ -180,7 +184,7 @@ def _plot_counts(axis, weights: dict[str, np.ndarray], kinds: dict[str, str]) ->
     axis.set_title("size: all weights of the layer (rings) and those that are not zero (dots)", fontsize=11)
 
 
-def _plot_layer_bytes(axis, sizes: pd.DataFrame, names: list[str]) -> None:
+def _plot_layer_bytes(axis, sizes: "pd.DataFrame", names: list[str]) -> None:
     table = sizes.pivot_table(index="layer", columns="kind", values="bytes", aggfunc="sum", fill_value=0)
     table = table.reindex(names, fill_value=0) / BYTES_PER_KB
     bottom = np.zeros(len(names))
@@ -193,7 +197,7 @@ def _plot_layer_bytes(axis, sizes: pd.DataFrame, names: list[str]) -> None:
     axis.legend(loc="upper left", fontsize=9)
 
 
-def _plot_kind_bytes(axis, sizes: pd.DataFrame) -> None:
+def _plot_kind_bytes(axis, sizes: "pd.DataFrame") -> None:
     by_kind = sizes.groupby("kind")["bytes"].sum()
     kinds = [kind for kind in BYTE_COLORS if by_kind.get(kind, 0)]
     kilobytes = [by_kind[kind] / BYTES_PER_KB for kind in kinds]

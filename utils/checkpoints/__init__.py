@@ -1,1 +1,1 @@
-"""Weights files, ours and other people's, and the metadata that every file of ours carries."""
+"""Weights files, ours and other people's, and the metadata in every file that we write."""

@@ -1,6 +1,5 @@
-"""What a file says about the model in it, whatever the file's format."""
+"""The metadata that a file carries about its model, in any format."""
 
-import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -17,22 +16,22 @@ VARIANTS = ("float", "ptq_per_tensor", "ptq_per_channel", "qat")
 
 @dataclass(frozen=True)
 class Metadata:
-    """What is known of a model.
+    """Metadata of a model.
 
     Args:
         variant: one of VARIANTS; for weights, their kind.
-        engine: quantization engine that an int8 model was made for; None for float.
-        architecture: the arguments of the model's class.
-        class_names: in label order; None if the file has none, as a bare state_dict.
-        normalization: of the images that the model takes; None if the file has none.
-        image_size: side in pixels of the images that it was made for.
-        parameters: number of weights and biases, and of batch-norm parameters where they are not folded.
-        nonzeros: how many of them are not zero.
+        engine: quantization engine of an int8 model; None for float.
+        architecture: arguments of the model's class.
+        class_names: in label order; None if unknown, as for a bare state_dict.
+        normalization: normalization of the input images; None if unknown.
+        image_size: side in pixels of the images that the model was trained on.
+        parameters: number of weights, biases and batch-norm parameters that are not folded.
+        nonzeros: number of nonzero parameters.
         macs: multiply-adds per image.
-        dense_size_mb: size of the parameters at their precision, in MB.
-        nonzero_size_mb: size of the nonzero ones, without any index, in MB.
-        metrics: measured numbers, by name.
-        versions: of the packages that wrote the file.
+        dense_size_mb: size of all parameters at their precision, in MB.
+        nonzero_size_mb: size of the nonzero parameters, without indices, in MB.
+        metrics: measured numbers by name.
+        versions: versions of the packages that wrote the file.
     """
 
     variant: str
@@ -51,19 +50,19 @@ class Metadata:
 
     @property
     def density(self) -> float:
-        """Fraction of the parameters that are not zero."""
+        """Return the fraction of parameters that are nonzero."""
         return self.nonzeros / self.parameters
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the metadata as they stand in a file."""
+        """Return the metadata in the form that files store."""
         return plain({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)})
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Metadata":
-        """Read back what `to_dict` returned.
+        """Return the metadata from a dictionary of `to_dict`.
 
         Raises:
-            ValueError, KeyError, TypeError: the content is something else.
+            ValueError, KeyError, TypeError: the content is invalid.
         """
         if (content["format"], content["format_version"]) != (FORMAT, FORMAT_VERSION):
             raise ValueError(f"it has format {content['format']} {content['format_version']}")
@@ -82,17 +81,12 @@ class Metadata:
         check_image_size(content["image_size"])
         return cls(**content)
 
-    @classmethod
-    def from_json(cls, text: str) -> "Metadata":
-        """Read back the JSON form of `to_dict`; raises as `from_dict`."""
-        return cls.from_dict(json.loads(text))
-
 
 def parse_normalization(content: dict[str, Any]) -> Normalization:
-    """Return the normalization in a file.
+    """Return the normalization stored in a file.
 
     Raises:
-        ValueError, KeyError, TypeError: it is not three means and three positive deviations.
+        ValueError, KeyError, TypeError: it is not three finite means and three positive deviations.
     """
     mean, std = (tuple(map(float, content[name])) for name in ("mean", "std"))
     if not (len(mean) == len(std) == 3 and all(map(math.isfinite, mean + std)) and min(std) > 0):
@@ -101,10 +95,10 @@ def parse_normalization(content: dict[str, Any]) -> Normalization:
 
 
 def check_image_size(image_size: int) -> None:
-    """Check the image size in a file.
+    """Check the image size stored in a file.
 
     Raises:
-        ValueError: no image has this size.
+        ValueError: it is out of range.
     """
     if not 1 <= image_size <= LARGEST_IMAGE_SIZE:
-        raise ValueError(f"image_size is {image_size}")
+        raise ValueError(f"image_size {image_size} is not between 1 and {LARGEST_IMAGE_SIZE}")

@@ -1,11 +1,11 @@
-"""The one file that weights travel in, and the checks of what comes back."""
+"""The format of weights files, written and read with checks."""
 
 import os
 import pickle
 import re
 import warnings
 import zipfile
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,20 +32,20 @@ DESCRIPTIONS = {
 }
 MOBILENETV2_KINDS = ("float", "qmodel")
 ALL_KINDS = tuple(MODEL_CLASSES)
-# How torch.load names a class or a function that it refuses to call.
+# How torch.load reports a class or a function that it refuses to load.
 NOT_PLAIN = re.compile("GLOBAL|allowlisted")
 
 
 @dataclass
 class Weights:
-    """A model with what must travel with it.
+    """A model and the metadata needed to use it.
 
-    `kind` is "float" (MobileNetV2, dense or pruned), "qmodel" (MobileNetV2Quantization, still in
-    float, ready to be quantized) or "resnet18" (ResNet18, a teacher). A bare state_dict has no class
-    names and no normalization.
+    `kind` is "float" (MobileNetV2, dense or pruned), "qmodel" (MobileNetV2Quantization, still float,
+    ready to be quantized) or "resnet18" (ResNet18, a teacher). A bare state_dict comes without class
+    names and normalization.
     """
 
-    model: Any  # of the class that MODEL_CLASSES names for the kind
+    model: Any  # an instance of MODEL_CLASSES[kind]
     kind: str = "float"
     class_names: tuple[str, ...] | None = None
     normalization: Normalization | None = None
@@ -55,7 +55,7 @@ class Weights:
 
 @dataclass(kw_only=True)
 class CompleteWeights(Weights):
-    """Weights with class names and normalization, ready to be used on images."""
+    """Weights with class names and normalization, ready to run on images."""
 
     class_names: tuple[str, ...]
     normalization: Normalization
@@ -83,13 +83,13 @@ def save_weights(path: str | os.PathLike, weights: Weights, args: Namespace) -> 
 def weights_from_content(
     path: Path, content: dict[str, Any], kinds: str | tuple[str, ...], output_stride: int | None
 ) -> Weights:
-    """Rebuild the model from what its file holds.
+    """Build a model from the content of a weights file.
 
     Args:
-        path: of the file, for messages.
-        content: of a file of `save_weights`, or a bare state_dict of torchvision's MobileNetV2.
-        kinds: the kinds that the caller takes, one or several of MODEL_CLASSES.
-        output_stride: replaces the file's own; the weights do not depend on it.
+        path: the file, for messages.
+        content: what `save_weights` wrote, or a bare state_dict of torchvision's MobileNetV2.
+        kinds: the kind or kinds that the caller accepts, keys of MODEL_CLASSES.
+        output_stride: overrides the one in the file; the weights do not depend on it.
 
     Raises:
         UserError: the content is not weights, is of another kind, or does not fit the architecture.
@@ -98,15 +98,15 @@ def weights_from_content(
     wanted = " or ".join(DESCRIPTIONS[kind] for kind in kinds)
     if "format" in content and content["format"] != FORMAT:
         raise UserError(
-            f"{path} is a file of format {content['format']!r}, not weights: the checkpoint of an "
-            "unfinished run becomes weights when the run is resumed and ends"
+            f"{path} has the format {content['format']!r}, not that of weights: to get weights from the "
+            "checkpoint of an unfinished run, resume the run and let it finish"
         )
     if "format" not in content:
         architecture = architecture_of(path, content)
         content = {"kind": "float", "architecture": architecture, "state_dict": content}
         content["format_version"] = FORMAT_VERSION
         if kinds == ("qmodel",):
-            raise UserError(f"{path} is a bare state_dict, {wanted} is wanted: convert it first")
+            raise UserError(f"{path} is a bare state_dict, {wanted} is wanted here: convert it first")
     if content.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {content.get('format_version')!r}, this program reads "
@@ -121,7 +121,7 @@ def weights_from_content(
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """The dictionary in a file of torch.save, read without running any code that it may hold."""
+    """Return the dictionary in a file of torch.save, without running code that it may contain."""
     if is_torchscript(path):
         raise UserError(f"{path} is a TorchScript file: weights (.pth) are wanted here")
     try:
@@ -132,17 +132,17 @@ def read_pickle(path: Path) -> dict[str, Any]:
         # torch.load raises whatever the broken part raises: zip, pickle, unicode, key errors.
         if isinstance(error, pickle.UnpicklingError) and NOT_PLAIN.search(str(error)):
             raise UserError(
-                f"{path} holds more than tensors and plain values and is not opened, since it "
-                "could run code: save its state_dict alone"
+                f"{path} contains more than tensors and plain values and is not opened, because it "
+                "could run code: save its state_dict instead"
             ) from error
         raise UserError(
-            f"{path} is truncated, damaged or not a weights file: write or fetch it again"
+            f"{path} is truncated, damaged or not a weights file: write or download it again"
         ) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not weights: save a state_dict")
-    # torch.load leaves the checksums unread. Foreign files may have been written without them.
+    # torch.load does not verify checksums. Foreign files may have been written without them.
     if "format" in content and _is_damaged(path):
-        raise UserError(f"{path} is damaged (a checksum is wrong): write or fetch it again")
+        raise UserError(f"{path} is damaged (a checksum is wrong): write or download it again")
     return content
 
 
@@ -155,18 +155,20 @@ def _is_damaged(path: Path) -> bool:
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether the file is an archive of torch.jit.save."""
+    """Return whether a file is an archive of torch.jit.save."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except Exception:
-        # A damaged archive raises many kinds of errors; what it is then, its reader says.
+        # Damaged archives raise many kinds of errors; whoever reads the file reports them.
         return False
     return any("/code/" in name for name in names) and any(n.endswith("constants.pkl") for n in names)
 
 
-def check_classes(path: str | os.PathLike, class_names, num_classes: int, data: ImageData) -> None:
-    """Make sure that labels mean to the model what they mean to the images.
+def check_classes(
+    path: str | os.PathLike, class_names: tuple[str, ...] | None, num_classes: int, data: ImageData
+) -> None:
+    """Check that a model and a data set have the same classes.
 
     Raises:
         UserError: the number of classes or their names differ.
@@ -176,20 +178,19 @@ def check_classes(path: str | os.PathLike, class_names, num_classes: int, data: 
             f"{path} has {num_classes} classes, the images have {len(data.class_names)}: "
             "give the data set that it was trained on"
         )
-    if class_names is not None and tuple(class_names) != data.class_names:
+    if class_names is not None and class_names != data.class_names:
         pairs = zip(class_names, data.class_names, strict=True)
         label, (ours, theirs) = next((i, p) for i, p in enumerate(pairs) if p[0] != p[1])
         raise UserError(
-            f"{path} knows class {label} as {ours!r}, the images as {theirs!r}: "
+            f"{path} has {ours!r} as class {label}, the images have {theirs!r}: "
             "give the data set that it was trained on"
         )
 
 
 def complete(path: str | os.PathLike, weights: Weights, data: ImageData) -> CompleteWeights:
-    """Return the weights, checked against the images that they are to be used on.
+    """Check weights against the data set and return them with all metadata.
 
-    What a bare state_dict does not carry (class names, normalization) is taken from the images;
-    `image_size` is that of the images.
+    Class names, a missing normalization and the image size are taken from the data set.
 
     Raises:
         UserError: as `check_classes`.
@@ -210,16 +211,16 @@ def _rebuild(path: Path, content: dict[str, Any], output_stride: int | None) -> 
         architecture = dict(content["architecture"])
         if output_stride is not None:
             architecture["output_stride"] = output_stride
-        # On "meta" nothing is allocated, so a wrong width is found before it can fill the memory.
+        # On "meta" nothing is allocated, so an absurd width fails before it can fill the memory.
         with torch.device("meta"):
             model: nn.Module = MODEL_CLASSES[content["kind"]](**architecture)
         state = content["state_dict"]
-        # Assigning keeps the file's dtypes, so check that they are the model's own.
+        # Assignment keeps the dtypes of the file, so check that they are those of the model.
         for name, value in model.state_dict().items():
             found = state.get(name)
             if isinstance(found, Tensor) and (found.dtype, found.layout) != (value.dtype, value.layout):
                 raise TypeError(f"{name} is {found.dtype} ({found.layout}), not {value.dtype}")
-        # Copies, since tensors in a file may share their memory.
+        # Copy, because tensors in a file may share memory.
         model.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
         for parameter in model.parameters():
             parameter.requires_grad_(True)
@@ -242,15 +243,15 @@ def _rebuild(path: Path, content: dict[str, Any], output_stride: int | None) -> 
         )
     for name, value in model.state_dict().items():
         if not torch.isfinite(value).all():
-            raise UserError(f"{path} holds NaN or infinity in {name}: the training had diverged")
+            raise UserError(f"{path} holds NaN or infinity in {name}: the training diverged")
     return weights
 
 
-def add_output_stride_argument(parser) -> None:
-    """--output_stride, for files that carry none or to be run at another."""
+def add_output_stride_argument(parser: ArgumentParser) -> None:
+    """Add --output_stride, to run a model at another stride than its file says, or if it says none."""
     parser.add_argument(
         "--output_stride",
         type=int,
         choices=sorted(OUTPUT_STRIDES),
-        help="run the model at this stride (default: as in the weights file; 16 for a bare state_dict)",
+        help="output stride to run the model at (default: as in the weights file; 16 for a bare state_dict)",
     )

@@ -1,4 +1,4 @@
-"""Argument parsing: one-line errors, checked types, and the groups of flags that scripts share."""
+"""Argument parsing: one-line errors, checked types, and groups of flags that scripts share."""
 
 import argparse
 import math
@@ -8,11 +8,11 @@ from utils.common.errors import EXIT_BAD_INPUT, one_line
 
 LARGEST_INT = 2**31 - 1
 LARGEST_SEED = 2**32 - 1  # numpy's
-MOST_THREADS = 1024  # torch dies of many more
+MOST_THREADS = 1024  # torch crashes with many more
 
 
 class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default where there is one to speak of and the help does not name it itself."""
+    """Append the default to a help text, unless it is empty or the text names it already."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         is_nothing = action.default is None or action.default is False or action.default == []
@@ -22,10 +22,10 @@ class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Shows defaults in --help, takes no abbreviated flags, and complains in one line."""
+    """Show defaults in --help, accept no abbreviated flags, and report errors in one line."""
 
     def __init__(self, description: str | None) -> None:
-        # The first paragraph of a script's docstring is its intent; the rest is for readers.
+        # The first paragraph of a script's docstring says what it does; the rest is for readers of the code.
         super().__init__(
             description=(description or "").split("\n\n")[0],
             formatter_class=DefaultsFormatter,
@@ -33,7 +33,7 @@ class ArgumentParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """End with exit code 2 and one line."""
+        """Exit with code 2 and one line."""
         self.exit(EXIT_BAD_INPUT, f"error: {self.prog}: {one_line(message)} (see --help)\n")
 
 
@@ -49,88 +49,88 @@ def _number(text: str, kind: type, accept, requirement: str):
 
 
 def positive_int(text: str) -> int:
-    """An integer of at least 1."""
+    """Parse an integer of at least 1."""
     return _number(text, int, lambda v: 1 <= v <= LARGEST_INT, "a whole number of at least 1")
 
 
 def non_negative_int(text: str) -> int:
-    """An integer of at least 0."""
+    """Parse an integer of at least 0."""
     return _number(text, int, lambda v: 0 <= v <= LARGEST_INT, "a whole number of at least 0")
 
 
 def seed(text: str) -> int:
-    """An integer that every generator takes as its seed."""
+    """Parse a seed that every random generator accepts."""
     return _number(text, int, lambda v: 0 <= v <= LARGEST_SEED, f"a whole number from 0 to {LARGEST_SEED}")
 
 
 def thread_count(text: str) -> int:
-    """A number of CPU threads."""
+    """Parse a number of CPU threads."""
     return _number(text, int, lambda v: 1 <= v <= MOST_THREADS, f"a whole number from 1 to {MOST_THREADS}")
 
 
 def positive_float(text: str) -> float:
-    """A finite number above 0."""
+    """Parse a finite number above 0."""
     return _number(text, float, lambda v: v > 0, "a number above 0")
 
 
 def non_negative_float(text: str) -> float:
-    """A finite number of at least 0."""
+    """Parse a finite number of at least 0."""
     return _number(text, float, lambda v: v >= 0, "a number of at least 0")
 
 
 def fraction(text: str) -> float:
-    """A number from 0 to 1."""
+    """Parse a number from 0 to 1."""
     return _number(text, float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 
 
 def fraction_below_one(text: str) -> float:
-    """A number from 0 up to, but not including, 1."""
+    """Parse a number from 0 up to, but not including, 1."""
     return _number(text, float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
 
 
 def percent(text: str) -> float:
-    """A percentage from 1 to 100; values below 1 are refused since they look like fractions."""
+    """Parse a percentage from 1 to 100; values below 1 are refused because they look like fractions."""
     return _number(text, float, lambda v: 1 <= v <= 100, "in percent, from 1 to 100")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """--dataset, --data_dir, --image_size, --val_size: where the images come from."""
+    """Add --dataset, --data_dir, --image_size and --val_size."""
     group = parser.add_argument_group("images")
     group.add_argument(
         "--dataset",
         choices=("cifar10", "folder", "synthetic"),
         default="cifar10",
         help="cifar10 is downloaded on first use; folder reads DIR/train/<class>/* and "
-        "DIR/test/<class>/*; synthetic is drawn by the project itself",
+        "DIR/test/<class>/*; synthetic images are drawn by the project itself",
     )
     group.add_argument("--data_dir", default="data", help="folder of the images")
     group.add_argument(
         "--image_size",
         type=positive_int,
-        help="side in pixels to which the images of --dataset folder are resized "
-        "(default: what the weights were trained at, or 32)",
+        help="resize the images of --dataset folder to this side in pixels "
+        "(default: as the weights were trained, or 32)",
     )
     group.add_argument(
         "--val_size",
         type=non_negative_int,
-        help="training images held out as val (default: 5000, or 10 %% of a train split smaller than 50000)",
+        help="training images held out for validation (default: 5000, or 10 %% of fewer than 50000)",
     )
 
 
 def add_runtime_arguments(parser: argparse.ArgumentParser) -> None:
-    """--seed and --threads."""
+    """Add --seed and --threads."""
     group = parser.add_argument_group("runtime")
-    group.add_argument("--seed", type=seed, default=0, help="seed of every random choice")
-    group.add_argument("--threads", type=thread_count, help="CPU threads (default: one a core)")
+    group.add_argument("--seed", type=seed, default=0, help="seed of every random generator")
+    group.add_argument("--threads", type=thread_count, help="CPU threads (default: one per core)")
 
 
 def add_force_argument(parser: argparse.ArgumentParser) -> None:
-    """--force: overwrite what is there."""
-    parser.add_argument("--force", action="store_true", help="overwrite an output that exists")
+    """Add --force."""
+    parser.add_argument("--force", action="store_true", help="overwrite existing output files")
 
 
 def add_record_argument(parser: argparse.ArgumentParser) -> None:
-    """--record: keep the measured numbers with what produced them."""
+    """Add --record."""
     parser.add_argument(
         "--record",
         metavar="FILE",

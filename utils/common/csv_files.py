@@ -1,4 +1,4 @@
-"""Reading CSV files that people edit: each mistake is named with its file, line and column."""
+"""Read CSV files that people edit; every error names the file, line and column."""
 
 import csv
 import difflib
@@ -15,7 +15,7 @@ from utils.common.files import atomic_write, check_input
 
 @dataclass(frozen=True)
 class Row:
-    """One row below the header: its cells by column, and where it stands."""
+    """A row below the header: its cells by column, its file and its line number."""
 
     path: Path
     line: int
@@ -25,17 +25,18 @@ class Row:
         return self.cells[column]
 
     def error(self, column: str, message: str) -> UserError:
-        """The error to raise for what stands in a column."""
+        """Return the error to raise for the cell in a column."""
         return UserError(f"{self.path} line {self.line}, column {column}: {message}")
 
     def fraction(self, column: str, about: str) -> float:
-        """The number from 0 to 1 in a column.
+        """Return the number from 0 to 1 in a column.
 
         Args:
-            about: what the row is for, as the message names it.
+            column: its name.
+            about: what the row describes, for the message.
 
         Raises:
-            UserError: it is not a number, or is outside [0, 1].
+            UserError: the cell is not a number or lies outside [0, 1].
         """
         text = self[column]
         where = f" for {about}"
@@ -44,7 +45,7 @@ class Row:
         if text.endswith("%"):
             raise self.error(column, f"{text!r}{where} is in percent: write a fraction, such as 0.5 for 50%")
         try:
-            # float() takes 1_000 as well, which no one means here.
+            # float() would accept 1_000 as well, which can only be a mistake here.
             value = float(text.replace("_", "?"))
         except ValueError:
             advice = "a decimal point, as in 0.5" if "," in text else "a number from 0 to 1"
@@ -56,20 +57,20 @@ class Row:
         return value
 
     def whole_number(self, column: str) -> int:
-        """The whole number of at least 0 in a column.
+        """Return the whole number of at least 0 in a column.
 
         Raises:
-            UserError: it is something else.
+            UserError: the cell holds anything else.
         """
         if not self[column].isdecimal():
             raise self.error(column, f"{self[column]!r} is not a whole number of at least 0")
         return int(self[column])
 
     def number(self, column: str) -> float:
-        """The finite number in a column.
+        """Return the finite number in a column.
 
         Raises:
-            UserError: it is something else.
+            UserError: the cell holds anything else.
         """
         try:
             value = float(self[column])
@@ -81,16 +82,16 @@ class Row:
 
 
 def read_csv(path: str | os.PathLike, what: str, columns: Sequence[str], made_by: str) -> list[Row]:
-    """Read a file of at least one row, as `parse_csv`.
+    """Read a CSV file and return its rows, at least one.
 
     Args:
-        path: of the file.
-        what: what the file is called in messages.
-        columns: that must be there.
+        path: the file.
+        what: what messages call the file.
+        columns: the required columns.
         made_by: the script that writes such a file, for messages.
 
     Raises:
-        UserError: the file is missing, empty, no text, or not a table with these columns.
+        UserError: the file is missing, empty, not text, or not a table with these columns.
     """
     text = read_text(path, what)
     if not text.strip():
@@ -102,10 +103,10 @@ def read_csv(path: str | os.PathLike, what: str, columns: Sequence[str], made_by
 
 
 def read_text(path: str | os.PathLike, what: str) -> str:
-    """The text of a file, without the byte order mark that some programs put first.
+    """Return the text of a file without a leading byte order mark.
 
     Raises:
-        UserError: the file is missing or no text.
+        UserError: the file is missing or not text.
     """
     try:
         return check_input(path, what).read_bytes().decode("utf-8-sig")
@@ -114,21 +115,21 @@ def read_text(path: str | os.PathLike, what: str) -> str:
 
 
 def parse_csv(path: str | os.PathLike, text: str, columns: Sequence[str], made_by: str) -> list[Row]:
-    """The rows of a table that has at least `columns`; others and their order do not matter.
+    """Return the rows of a table that has `columns`, in any order, and possibly others.
 
     Windows line ends, spaces around cells and blank lines are accepted.
 
     Args:
-        path: where the text was read.
-        text: of the whole file.
-        columns: that must be there.
+        path: the file that the text was read from, for messages.
+        text: the whole file.
+        columns: the required columns.
         made_by: the script that writes such a file, for messages.
 
     Raises:
         UserError: the text is not a table with these columns.
     """
     path = Path(path)
-    # Strict, or else a quote that is never closed would swallow the rest of the file.
+    # Strict, because an unclosed quote would otherwise swallow the rest of the file.
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
     rows = []
@@ -153,7 +154,7 @@ def parse_csv(path: str | os.PathLike, text: str, columns: Sequence[str], made_b
 
 
 def write_csv(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a header and rows; numbers as Python writes them, so that none loses a digit.
+    """Write a header and rows; floats keep every digit.
 
     Raises:
         UserError: as `atomic_write`.
@@ -163,14 +164,14 @@ def write_csv(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[Se
 
 
 def format_line(cells: Sequence[object]) -> str:
-    """A line of a CSV file, with its end."""
+    """Return cells as a line of a CSV file, including the newline."""
     line = io.StringIO()
     csv.writer(line, lineterminator="\n").writerow(cells)
     return line.getvalue()
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """`: did you mean ...?` with the known name that is nearest, or nothing."""
+    """Return `: did you mean ...?` with the closest known name, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f": did you mean {near[0]}?" if near else ""
 

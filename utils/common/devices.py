@@ -1,4 +1,4 @@
-"""Where models run: on the CPU, or on a GPU if there is one. Files always hold CPU tensors."""
+"""Choose the device that a model runs on, and move batches to it. Files always hold CPU tensors."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,37 +13,37 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def add_device_argument(parser: ArgumentParser, choices: Sequence[str] = DEVICES) -> None:
-    """--device."""
+    """Add --device."""
     parser.add_argument(
-        "--device", choices=choices, default="auto", help="auto is the GPU if there is one, else the CPU"
+        "--device", choices=choices, default="auto", help="auto picks a GPU if there is one, else the CPU"
     )
 
 
 def choose_device(args: Namespace, choices: Sequence[str] = DEVICES) -> torch.device:
-    """The device that --device names; `args.device` becomes its kind, for the records.
+    """Return the device that --device names, and set `args.device` to its type for the records.
 
-    Of several processes that torchrun started on a machine, each takes a GPU of its own.
+    Each process that torchrun starts on a machine gets its own GPU.
 
     Raises:
-        UserError: the device is not there.
+        UserError: there is no such device.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kinds = [kind for kind, is_there in available.items() if is_there and kind in choices]
     kind = kinds[0] if args.device == "auto" else args.device
     if kind not in kinds:
-        raise UserError(f"--device {kind} is not there: use one of {', '.join(kinds)}, or auto")
+        raise UserError(f"--device {kind} is not available: use one of {', '.join(kinds)}, or auto")
     args.device = kind
     if kind != "cuda":
         return torch.device(kind)
     index, count = distributed.local_rank(), torch.cuda.device_count()
     if index >= count:
-        raise UserError(f"process {index} finds {count} GPUs on its machine: start one process a GPU")
+        raise UserError(f"process {index} finds {count} GPUs on its machine: start one process per GPU")
     torch.cuda.set_device(index)
     return torch.device(kind, index)
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model runs; int8 models, which have no parameters, run on the CPU."""
+    """Return the device of a model; int8 models have no parameters and run on the CPU."""
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
 
@@ -51,9 +51,9 @@ def device_of(model: nn.Module) -> torch.device:
 def on_device(
     batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches, moved to where the model runs; those that are there already are not copied."""
+    """Yield batches moved to `device`; those already there are not copied."""
     for images, labels in batches:
         if device.type == "cuda":
-            # From pinned memory the copy goes on beside the computation.
+            # A copy from pinned memory overlaps with the computation.
             images, labels = images.pin_memory(), labels.pin_memory()
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)

@@ -1,8 +1,8 @@
-"""One run over several processes, as torchrun starts them; a plain `python` call is one process.
+"""Distributed runs under torchrun; a plain `python` call is a run of one process.
 
-Every process holds the whole model and computes a slice of each batch. Batch norm and dropout see the
-whole batch, so that the same batch size trains the same model however many processes share it. Only
-the main process (rank 0) prints and writes.
+Every process holds the whole model and computes one shard of each batch. Batch norm and dropout see the
+whole batch, so a given batch size trains the same model with any number of processes. Only the main
+process (rank 0) prints and writes files.
 """
 
 import os
@@ -22,56 +22,56 @@ SIGNS_OF_A_LOST_PROCESS = ("gloo", "Connection closed", "Connection reset", "NCC
 
 
 def launched() -> bool:
-    """Whether torchrun started this process as one of several."""
+    """Return whether torchrun started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def start() -> None:
-    """Join the other processes, if there are any; all but the main one fall silent.
+    """Initialise torch.distributed under torchrun, and silence stdout on non-zero ranks.
 
     Raises:
-        UserError: the others cannot be reached.
+        UserError: the other processes cannot be reached.
     """
     if not launched() or dist.is_initialized():
         return
     try:
-        # Counts are summed up on the CPU, gradients where the model is.
+        # Counts are summed on the CPU, gradients on the model's device.
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes of this run cannot reach each other ({error})") from error
     if not is_main():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  it stays open for the life of the process
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  stays open until the process ends
 
 
 def rank() -> int:
-    """This process among the others, from 0."""
+    """Return the rank of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def local_rank() -> int:
-    """This process among those on its machine, from 0."""
+    """Return the rank of this process on its machine, from 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def world_size() -> int:
-    """How many processes share the run."""
+    """Return the number of processes in the run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this process is the one that prints and writes."""
+    """Return whether this process is the one that prints and writes files."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
-    # With GPUs, torch's own barrier would take one, be it used or not.
+    """Wait until every process has reached this call."""
+    # torch's own barrier would occupy a GPU even if --device is cpu.
     all_reduce_sum(torch.zeros(()))
 
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """Let the main process run the block before the others do (a download, a cache)."""
+    """Run the block in the main process first, then in the others (a download, a cache)."""
     if not is_main():
         barrier()
     try:
@@ -82,7 +82,7 @@ def main_first() -> Iterator[None]:
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all processes in the order of their ranks, on every process."""
+    """Return the values of all processes in rank order, on every process."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -110,12 +110,12 @@ def shard(batch: Tensor) -> Tensor:
 
 
 def is_lost_process(error: RuntimeError) -> bool:
-    """Whether a collective call failed because another process of the run has ended."""
+    """Return whether a collective call failed because another process of the run has ended."""
     return world_size() > 1 and any(sign in str(error) for sign in SIGNS_OF_A_LOST_PROCESS)
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Make sure that every process has the same weight in a training step.
+    """Check that every process gets a shard of the same size in a training step.
 
     Raises:
         UserError: a batch cannot be split evenly.

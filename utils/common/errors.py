@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to mend, and how a script ends on it."""
+"""The one kind of error that the user can fix, and how a script ends because of it."""
 
 import os
 import signal
@@ -15,15 +15,15 @@ class UserError(Exception):
 
 
 def one_line(text: object) -> str:
-    """Fold a library's message of several lines into one."""
+    """Return a message that may have several lines as a single line."""
     return " ".join(str(text).split())
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`; bad input ends with exit code 2 and one line, Ctrl-C with 130.
+    """Run a script's `main`; exit with code 2 and one line on bad input, with 130 on Ctrl-C.
 
-    SIGTERM, which batch systems send ahead of the end, counts as Ctrl-C: files are closed and
-    checkpoints named in the same way.
+    SIGTERM, which batch systems send before they end a job, is handled as Ctrl-C: files are closed and
+    the message names the checkpoint.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -34,8 +34,8 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt as interrupt:
         _end(f"interrupted{': ' if interrupt.args else ''}{one_line(interrupt)}", EXIT_INTERRUPTED)
     except BrokenPipeError:
-        # The reader (`| head`) has gone. What is still in the buffer goes nowhere, or else the
-        # interpreter complains once more when it flushes at exit.
+        # The reader (`| head`) has gone. Discard what is still in the buffer: otherwise the interpreter
+        # reports the same error again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:

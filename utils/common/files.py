@@ -1,4 +1,4 @@
-"""Writing files so that a reader never meets half of one."""
+"""Atomic writes, and checks of input and output paths."""
 
 import os
 import shutil
@@ -13,19 +13,19 @@ from utils.common.distributed import is_main
 from utils.common.errors import UserError
 
 BYTES_PER_MB = 2**20
-"""MB means 2**20 bytes everywhere in this project, as in the published table."""
+"""MB means 2**20 bytes throughout this project, as in the published table."""
 
 
 def file_size_mb(path: str | os.PathLike) -> float:
-    """Size of a file on disk in MB."""
+    """Return the size of a file on disk in MB."""
     return os.path.getsize(path) / BYTES_PER_MB
 
 
 def check_input(path: str | os.PathLike, what: str) -> Path:
-    """The path of an existing, readable file.
+    """Return the path of an input file after checking that it can be read.
 
     Raises:
-        UserError: there is no such file, it is a folder, or it may not be read.
+        UserError: the file does not exist, is a folder, or cannot be read.
     """
     path = Path(path)
     try:
@@ -41,22 +41,24 @@ def check_input(path: str | os.PathLike, what: str) -> Path:
 
 
 def check_output(path: str | os.PathLike, *, force: bool) -> Path:
-    """The path of a file that can be written, its folder made; called before the work starts.
+    """Return the path of an output file after creating its folder and checking that it can be written.
+
+    Scripts call this before they start to work.
 
     Raises:
-        UserError: the file exists and `force` is off, or nothing can be written there.
+        UserError: the file exists and `force` is off, or it cannot be written.
     """
     path = Path(path)
     try:
         if path.is_dir():
             raise UserError(f"{path} is a folder: give the name of a file to write")
         if path.exists() and not path.is_file():
-            raise UserError(f"{path} is no regular file: give the name of a file to write")
+            raise UserError(f"{path} is not a regular file: give the name of a file to write")
         if path.exists() and not force:
             raise UserError(f"{path} exists: give --force to overwrite it, or another name")
         temporary = _temporary_beside(path)
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        # Permission bits do not tell all (read-only mounts, root), so a file is really made.
+        # Permission bits do not say everything (read-only mounts, root), so create a file to find out.
         temporary.touch()
         temporary.unlink()
     except OSError as error:
@@ -68,13 +70,13 @@ def check_output(path: str | os.PathLike, *, force: bool) -> Path:
 
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a temporary path beside `path`; rename it to `path` if the block ends well.
+    """Yield a temporary path beside `path`, and rename it to `path` if the block succeeds.
 
-    A symbolic link keeps pointing to the file, and a file keeps its permissions. Of a run over several
-    processes, only the main one's file is kept.
+    Symbolic links and the permissions of an existing file are preserved. In a distributed run, only the
+    main process's file is kept.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written; the old file stays whole.
+        UserError: the disk is full or the folder is not writable; the old file is left intact.
     """
     temporary = _temporary_beside(path)
     try:
@@ -90,7 +92,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     except OSError as error:
         raise _could_not_write(path, error.strerror or str(error)) from error
     except RuntimeError as error:
-        # What torch.save makes of a write that failed: a stream in a state that it did not expect.
+        # After a failed write, torch.save complains about the state of its stream instead.
         if "inline_container" not in str(error):
             raise
         raise _could_not_write(path, "is the disk full?") from error
@@ -99,13 +101,13 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def save_torch(path: str | os.PathLike, content: Any) -> None:
-    """`torch.save` through `atomic_write`; the same content gives the same bytes under any name.
+    """Call `torch.save` within `atomic_write`; the bytes do not depend on the file's name.
 
     Raises:
         UserError: as `atomic_write`.
     """
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        # Given a path instead, torch would keep the temporary name within the file.
+        # Given a path, torch would store the temporary name in the file.
         torch.save(content, file)
 
 

@@ -1,4 +1,4 @@
-"""Packages that only some scripts need, imported where they are used."""
+"""Packages that only some scripts need, imported on use."""
 
 import importlib
 from types import ModuleType
@@ -7,10 +7,10 @@ from utils.common.errors import UserError
 
 
 def import_optional(*names: str) -> tuple[ModuleType, ...]:
-    """The modules of these names.
+    """Import modules of optional packages and return them.
 
     Raises:
-        UserError: one of them is not installed.
+        UserError: a package is not installed.
     """
     try:
         return tuple(importlib.import_module(name) for name in names)

@@ -1,4 +1,4 @@
-"""What a run depends on besides its arguments: seed, threads, the allocator, versions, the CPU."""
+"""Set up a process (seed, threads, allocator), and record a run with its versions and CPU."""
 
 import ctypes
 import json
@@ -17,19 +17,19 @@ from utils.common import distributed
 from utils.common.errors import UserError
 from utils.common.files import atomic_write, check_output
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # numbers in glibc's malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # as in glibc's malloc.h
 
 
 def set_up(seed: int, threads: int | None, parallel: bool = False) -> None:
-    """Seed every generator, set the number of threads and keep freed memory in the process.
+    """Seed every random generator, set the number of threads and keep freed memory in the process.
 
     Args:
-        seed: of every random choice.
-        threads: of this process; None for torch's own choice.
-        parallel: whether the script can share its work with the other processes of torchrun.
+        seed: for every random generator.
+        threads: number of CPU threads of this process; None for torch's default.
+        parallel: whether the script can share its work among the processes that torchrun starts.
 
     Raises:
-        UserError: torchrun started several processes of a script that is made for one.
+        UserError: torchrun started several processes of a script that runs as one.
     """
     if parallel:
         distributed.start()
@@ -44,22 +44,22 @@ def set_up(seed: int, threads: int | None, parallel: bool = False) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc to reuse large blocks instead of returning them to the system.
+    """Make glibc reuse large blocks instead of returning them to the system; no-op for other C libraries.
 
-    By default every activation is mapped afresh and its pages are faulted in again at each step,
-    which takes almost half of a training step on a CPU. Other C libraries are left as they are.
+    By default each activation is mapped anew in every step and its pages are faulted in again, which
+    takes almost half of a training step on a CPU.
     """
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
-    # Blocks of any size come from the heap (glibc caps the mmap threshold at 32 MiB, an activation
-    # is often larger), the heap grows in large steps and is never trimmed.
+    # Allocate blocks of any size on the heap (glibc caps the mmap threshold at 32 MiB, and activations
+    # are often larger), grow the heap in large steps and never trim it.
     for parameter, value in ((M_MMAP_MAX, 0), (M_TOP_PAD, 2**28), (M_TRIM_THRESHOLD, -1)):
         libc.mallopt(parameter, value)
 
 
 def cpu_name() -> str:
-    """The processor's name as the system gives it."""
+    """Return the processor's name as the system reports it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("model name", "Model")):
@@ -70,8 +70,9 @@ def cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what computes."""
-    import torchvision  # takes a second, and --help does not need it
+    """Return the versions of Python and of the packages that compute."""
+    # Takes a second, so only where a version is recorded. importlib.metadata would drop "+cu130".
+    import torchvision
 
     return {
         "python": platform.python_version(),
@@ -82,7 +83,7 @@ def versions() -> dict[str, str]:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON and `torch.load(weights_only=True)` take it."""
+    """Convert a value to plain types, which JSON and `torch.load(weights_only=True)` accept."""
     if isinstance(value, Namespace):
         value = vars(value)
     if isinstance(value, dict):
@@ -97,7 +98,7 @@ def plain(value: Any) -> Any:
 
 
 def check_record(args: Namespace) -> None:
-    """Check --record, if it is given, before the work starts.
+    """Check before the work starts that --record, if given, can be written.
 
     Raises:
         UserError: the file exists and --force is off, or it cannot be written.
@@ -107,7 +108,7 @@ def check_record(args: Namespace) -> None:
 
 
 def write_record(path: str | os.PathLike, args: Namespace, results: dict[str, Any]) -> None:
-    """Write measured numbers as JSON, beside the command, its arguments, versions and CPU."""
+    """Write results as JSON, together with the command, its arguments, versions and CPU."""
     record = {
         "command": " ".join(["python", *sys.argv]),
         "arguments": plain(args),

@@ -4,17 +4,17 @@ import re
 from collections.abc import Sequence
 
 NO_VALUE = "–"
-# A number with an optional sign, unit or spread behind it: 12, -0.35, 1.2e-05, 99.1 %, 3.9×, 90.1 ± 0.2
+# A number with an optional sign, unit or spread: 12, -0.35, 1.2e-05, 99.1 %, 3.9×, 90.1 ± 0.2
 NUMBER = re.compile(r"[-+−]?\d[\d.,]*(e[-+]?\d+)?( ?(%|×|ms|MB))?( ± [\d.]+)?")
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Lay rows out under headers; columns of numbers are flushed right, others left.
+    """Return an aligned table; columns of numbers are right-aligned, others left-aligned.
 
     Args:
-        headers: one a column, unit included.
-        rows: as many cells as there are headers; None is shown as a dash, a float with two
-            decimals, anything else as `str` gives it.
+        headers: one per column, including units.
+        rows: one cell per header; None is shown as a dash, a float with two decimals, anything
+            else as `str` gives it.
 
     Returns:
         Lines without trailing spaces, a rule below the headers, no newline at the end.

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,19 +14,17 @@ import torch
 from utils.common.errors import UserError, one_line
 from utils.data.image_folder import LabelledImages
 
-if TYPE_CHECKING:
-    from torchvision.datasets import CIFAR10
-
 NETWORK_TIMEOUT_S = 20.0
 
 
 def load(data_dir: Path) -> tuple[LabelledImages, LabelledImages, list[str]]:
-    """The train and the test images and the class names.
+    """Return the training images, the test images and the class names.
 
     Raises:
         UserError: the files are missing or damaged, and the download failed.
     """
-    from torchvision.datasets import CIFAR10  # takes a second, and only this needs it
+    # torchvision takes a second to import, and not every data set needs it.
+    from torchvision.datasets import CIFAR10
 
     folder = data_dir / CIFAR10.base_folder
     was_there = folder.exists()
@@ -44,17 +41,17 @@ def load(data_dir: Path) -> tuple[LabelledImages, LabelledImages, list[str]]:
             f"{state} and could not be downloaded ({one_line(error)[:120]}): {remove}connect to the network, "
             "or use --dataset folder (your own images) or --dataset synthetic (drawn by the project)"
         ) from error
-    return _labelled(train), _labelled(test), train.classes
+    return _labelled(train.data, train.targets), _labelled(test.data, test.targets), train.classes
 
 
-def _labelled(dataset: "CIFAR10") -> LabelledImages:
-    # The files hold planes of one colour; the copy holds pixels, as the other sources do.
-    return torch.from_numpy(np.ascontiguousarray(dataset.data)), torch.tensor(dataset.targets)
+def _labelled(images: np.ndarray, labels: list[int]) -> LabelledImages:
+    # The files store each colour plane by plane; the copy is channels last, as the other sources are.
+    return torch.from_numpy(np.ascontiguousarray(images)), torch.tensor(labels)
 
 
 @contextmanager
 def _network_timeout(seconds: float) -> Iterator[None]:
-    """Give up on a server that does not answer; by default a socket waits for minutes."""
+    """Set a timeout for new sockets; by default they wait minutes for a server that does not answer."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

@@ -1,4 +1,4 @@
-"""The three sources of images, each ending as one uint8 tensor a split held in memory."""
+"""The three data sets; each split is held in memory as one uint8 tensor."""
 
 from argparse import Namespace
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from utils.data.image_folder import LabelledImages
 LARGE_TRAIN_SPLIT = 50_000
 VAL_SIZE_OF_LARGE = 5_000
 VAL_FRACTION_OF_SMALL = 0.1
-# Not --seed: weights of one seed must never have seen the val images of another.
+# Not --seed: otherwise weights trained with one seed would have seen the val images of another.
 VAL_SPLIT_SEED = 20180113
 DEFAULT_IMAGE_SIZE = 32
 
@@ -32,15 +32,15 @@ class Split:
         return len(self.labels)
 
     def subset(self, indices: Tensor) -> "Split":
-        """The images at `indices`, in that order."""
-        # (N, H, W, 3) is the layout in memory, so rows are copied as they lie.
+        """Return the images at `indices`, in that order."""
+        # Indexing in the memory layout, (N, H, W, 3), copies contiguous rows.
         images = self.images.permute(0, 2, 3, 1)[indices].permute(0, 3, 1, 2)
         return Split(images, self.labels[indices])
 
 
 @dataclass(frozen=True)
 class Normalization:
-    """Channel means and standard deviations as fractions of 255."""
+    """Channel means and standard deviations of pixels scaled to [0, 1]."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -48,7 +48,7 @@ class Normalization:
 
 @dataclass(frozen=True)
 class ImageData:
-    """The three splits of a data set and the names of its classes, in label order."""
+    """The three splits of a data set, and its class names in label order."""
 
     train: Split
     val: Split
@@ -56,7 +56,7 @@ class ImageData:
     class_names: tuple[str, ...]
 
     def split(self, name: str) -> Split:
-        """`train`, `val` or `test`; an empty split is the user's error.
+        """Return the split `train`, `val` or `test`.
 
         Raises:
             UserError: the split holds no images.
@@ -68,13 +68,15 @@ class ImageData:
 
 
 def load_data(args: Namespace, image_size: int | None = None) -> ImageData:
-    """Load what --dataset, --data_dir, --image_size and --val_size name.
+    """Load the data set that --dataset, --data_dir, --image_size and --val_size describe.
 
     Args:
-        image_size: the side in pixels that a model was trained at; --image_size wins over it.
+        args: the parsed command line.
+        image_size: side in pixels of the images that the model was trained on; --image_size takes
+            precedence.
 
     Raises:
-        UserError: the images are missing, unreadable or do not make a data set.
+        UserError: images are missing or unreadable, or the arguments do not fit the data set.
     """
     side = args.image_size or image_size or DEFAULT_IMAGE_SIZE
     with main_first():
@@ -84,7 +86,7 @@ def load_data(args: Namespace, image_size: int | None = None) -> ImageData:
     if val_size is None:
         val_size = default_val_size(len(train_split))
     if val_size >= len(train_split):
-        raise UserError(f"--val_size {val_size} leaves nothing of {len(train_split)} training images")
+        raise UserError(f"--val_size {val_size} leaves none of the {len(train_split)} training images")
     train_indices, val_indices = stratified_split(train_split.labels, val_size)
     return ImageData(
         train_split.subset(train_indices),
@@ -101,7 +103,7 @@ def _load_source(
         return image_folder.load(data_dir, image_size)
     if image_size != DEFAULT_IMAGE_SIZE:
         raise UserError(
-            f"--image_size {image_size} goes with --dataset folder: "
+            f"--image_size {image_size} needs --dataset folder: "
             f"{dataset} has images of {DEFAULT_IMAGE_SIZE} pixels"
         )
     load = cifar10.load if dataset == "cifar10" else synthetic.load
@@ -109,32 +111,33 @@ def _load_source(
 
 
 def measure_normalization(data: ImageData) -> Normalization:
-    """Means and standard deviations of the training images."""
+    """Return the channel means and standard deviations of the training images."""
     pixels = data.train.images.permute(1, 0, 2, 3).reshape(3, -1)
-    # Exact and fast: 256 counts a channel tell all that a mean and a deviation need.
+    # Exact and fast: the mean and deviation of a channel follow from its histogram of 256 values.
     counts = np.stack([torch.bincount(channel, minlength=256).numpy() for channel in pixels])
     values = np.arange(256) / 255
     mean = (counts * values).sum(1) / counts.sum(1)
     std = np.sqrt((counts * (values - mean[:, None]) ** 2).sum(1) / counts.sum(1))
-    # A channel of one colour has no deviation; 1/255 keeps the division finite.
+    # A constant channel has a deviation of 0; 1/255 keeps the division finite.
     std = np.maximum(std, 1 / 255)
     return Normalization(tuple(mean.round(6).tolist()), tuple(std.round(6).tolist()))
 
 
 def default_val_size(train_size: int) -> int:
-    """5,000 images of a large training split, 10 % of a smaller one."""
+    """Return 5,000 for a training split of 50,000 images or more, else 10 % of it."""
     if train_size >= LARGE_TRAIN_SPLIT:
         return VAL_SIZE_OF_LARGE
     return round(train_size * VAL_FRACTION_OF_SMALL)
 
 
 def stratified_split(labels: Tensor, val_size: int) -> tuple[Tensor, Tensor]:
-    """Indices of train and val, each class sharing in val by its size; the same at every call.
+    """Return the indices of the train and the val split, the same ones at every call.
 
-    Classes are rounded down, and the images still missing go to the largest remainders.
+    Each class has its proportional share of val: shares are rounded down, and the images still missing
+    go to the classes with the largest remainders.
     """
     generator = torch.Generator().manual_seed(VAL_SPLIT_SEED)
-    shares = torch.bincount(labels) * val_size  # times len(labels), to stay exact
+    shares = torch.bincount(labels) * val_size  # in units of 1 / len(labels), to stay exact
     val_sizes = shares // len(labels)
     missing = val_size - int(val_sizes.sum())
     val_sizes[torch.argsort(shares % len(labels), descending=True, stable=True)[:missing]] += 1
@@ -142,7 +145,7 @@ def stratified_split(labels: Tensor, val_size: int) -> tuple[Tensor, Tensor]:
     for label, size in enumerate(val_sizes.tolist()):
         members = torch.nonzero(labels == label).flatten()
         val.append(members[torch.randperm(len(members), generator=generator)[:size]])
-    # Mixed, so that the first few batches of val hold every class.
+    # Shuffled, so that the first few batches of val hold every class.
     val_indices = torch.cat(val)[torch.randperm(val_size, generator=generator)]
     is_train = torch.ones(len(labels), dtype=torch.bool)
     is_train[val_indices] = False
@@ -150,5 +153,5 @@ def stratified_split(labels: Tensor, val_size: int) -> tuple[Tensor, Tensor]:
 
 
 def _as_split(images: Tensor, labels: Tensor) -> Split:
-    """From (N, H, W, 3) as images lie on disk to (N, 3, H, W), without a copy."""
+    """Return images (N, H, W, 3) as a split of (N, 3, H, W), without copying."""
     return Split(images.permute(0, 3, 1, 2), labels)

@@ -1,4 +1,4 @@
-"""The loader: batches of normalized images."""
+"""Batches of augmented, normalized images."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,19 +13,21 @@ from utils.data.datasets import Normalization, Split
 
 @dataclass(frozen=True)
 class Loader:
-    """Iterates over a split as (images (B, 3, H, W) float32 channels last, labels (B,)).
+    """Iterate over a split as (images (B, 3, H, W) float32 channels last, labels (B,)).
 
     Args:
         split: the images.
-        normalization: subtracted and divided by, so that the model sees the values it was trained on.
-        batch_size: images per batch; the last batch is smaller, and left out with `drop_last`.
-        shuffle: a new order at each `epoch`, drawn from `seed` and `epoch` alone, so that a
-            resumed run sees what an unbroken one would.
-        limit: number of batches, at most; None for all.
-        sharded: whether each process of a run over several gets its shard of a batch only.
-        augment: one of AUGMENTATIONS: zero-padded random crop, horizontal flip, TrivialAugment
-            (Müller & Hutter, 2021, https://arxiv.org/abs/2103.10158), and cutout (DeVries &
-            Taylor, 2017, https://arxiv.org/abs/1708.04552) of `cutout_size` pixels.
+        normalization: channel means and standard deviations that the model was trained with.
+        batch_size: images per batch; the last batch may be smaller, unless `drop_last` is set.
+        shuffle: draw a new order for each `epoch`. It depends only on `seed` and `epoch`, so a
+            resumed run sees the same batches as an uninterrupted one.
+        augment: one of AUGMENTATIONS.
+        cutout_size: side of the cutout in pixels.
+        drop_last: leave out a last batch smaller than `batch_size`.
+        limit: maximum number of batches; None for the whole split.
+        sharded: yield only this process's shard of each batch in a distributed run.
+        seed: seeds the order and the augmentation.
+        epoch: varies both from epoch to epoch.
     """
 
     split: Split
@@ -54,13 +56,13 @@ class Loader:
             images = augment_images(batch.images, self.augment, self.cutout_size, generator)
             labels = batch.labels
             if self.sharded:
-                # After augmenting, so that every process has drawn what a single one would.
+                # Shard after augmenting, so that each process draws the same numbers as a single one would.
                 images, labels = distributed.shard(images), distributed.shard(labels)
             yield normalize(images, self.normalization), labels
 
 
 def normalize(images: Tensor, normalization: Normalization) -> Tensor:
-    """Map uint8 images (N, 3, H, W) to the float32 values that a model takes."""
+    """Return uint8 images (N, 3, H, W) as normalized float32."""
     mean = torch.tensor(normalization.mean).view(1, 3, 1, 1)
     std = torch.tensor(normalization.std).view(1, 3, 1, 1)
     return images.float().mul_(1 / (255 * std)).sub_(mean / std)

@@ -1,8 +1,8 @@
-"""Ten classes of 32x32 RGB images that the project draws itself: the same bytes on every machine.
+"""Ten classes of synthetic 32x32 RGB images: the same bytes on every machine.
 
-Each image shows one object of random colour, place, size and rotation, over a shaded background
-with clutter, crossed by a bar, under noise. Seven classes differ by outline and three by texture, so
-that colours and single pixels tell little: a linear classifier of the pixels is right on 23 %.
+Each image shows one object of random colour, position, size and rotation on a shaded, cluttered
+background, crossed by a bar and covered by noise. Seven classes differ in outline and three in
+texture, so colours and single pixels say little: a linear classifier of the pixels reaches 23 %.
 """
 
 from pathlib import Path
@@ -30,27 +30,27 @@ TEST_PER_CLASS = 200
 TRAIN_SEED = 1
 TEST_SEED = 2
 
-# How hard the set is. Lengths are in pixels, colours in fractions of 255.
+# What sets the difficulty. Lengths are in pixels, colours in fractions of 255.
 CENTER = (12.0, 20.0)
 RADIUS = (5.5, 11.0)
 TEXTURE_PERIOD = (5.0, 8.0)
-# Objects are brighter than what is around them: with either polarity, a net learns for many more
-# epochs than a demonstration has.
+# Objects are brighter than their surroundings: if they could be darker as well, a network would need
+# many more epochs than a demonstration has.
 DARK = (0.0, 0.5)
 BRIGHT = (0.5, 1.0)
 SHADING = 0.3
 CLUTTER_BARS = 4
 NOISE = (0.05, 0.4)
 
-# Pixels are float32 and meet only operations that IEEE 754 rounds exactly, and cosines are rounded
-# to this step, so that no processor and no library version changes a byte.
+# Pixels are float32 and go only through operations that IEEE 754 rounds correctly, and cosines are
+# rounded to this step, so that every processor and library version gives the same bytes.
 COSINE_STEP = 2.0**-12
 
 
 def load(data_dir: Path) -> tuple[LabelledImages, LabelledImages, list[str]]:
-    """The train and the test images and the class names, drawn anew; `data_dir` is not used.
+    """Draw the training and the test images and return them with the class names.
 
-    Classes take turns, so that any run of images holds all of them.
+    Classes alternate, so that any ten images in a row hold all of them. `data_dir` is not used.
     """
     train = _draw_split(TRAIN_PER_CLASS, _Random(TRAIN_SEED))
     test = _draw_split(TEST_PER_CLASS, _Random(TEST_SEED))
@@ -58,7 +58,7 @@ def load(data_dir: Path) -> tuple[LabelledImages, LabelledImages, list[str]]:
 
 
 class _Random:
-    """Draws made from a generator's plain doubles and bytes, which are the same in every numpy."""
+    """Random numbers from a generator's plain doubles and bytes, which every numpy draws alike."""
 
     def __init__(self, seed: int) -> None:
         self.generator = np.random.Generator(np.random.PCG64(seed))
@@ -67,13 +67,13 @@ class _Random:
         return (low + (high - low) * self.generator.random(shape)).astype(np.float32)
 
     def direction(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cosines and sines (count, 1, 1) of random angles."""
+        """Return the cosines and sines (count, 1, 1) of random angles."""
         angles = 2 * np.pi * self.generator.random((count, 1, 1))
         cosine, sine = (np.round(f(angles) / COSINE_STEP) * COSINE_STEP for f in (np.cos, np.sin))
         return cosine.astype(np.float32), sine.astype(np.float32)
 
     def noise(self, *shape: int) -> np.ndarray:
-        """Sums of two bytes, scaled to lie between -1 and 1 and most often near 0."""
+        """Return triangular noise in [-1, 1]: the sum of two random bytes, scaled."""
         draws = np.frombuffer(self.generator.bytes(2 * int(np.prod(shape))), np.uint8)
         first, second = draws.reshape(2, *shape)
         return (first.astype(np.float32) + second) / np.float32(255) - np.float32(1)
@@ -86,7 +86,7 @@ def _draw_split(per_class: int, random: _Random) -> LabelledImages:
 
 
 def _draw(name: str, count: int, random: _Random) -> np.ndarray:
-    """Images (count, 32, 32, 3) uint8 of one class."""
+    """Return images (count, 32, 32, 3) uint8 of one class."""
     y, x = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE].astype(np.float32) + np.float32(0.5)
     background = random.uniform(*DARK, count, 1, 1, 3)
     along, _ = _turned(x, y, (16.0, 16.0), random, count)
@@ -99,7 +99,7 @@ def _draw(name: str, count: int, random: _Random) -> np.ndarray:
     if name in OUTLINES:
         _paint(image, OUTLINES[name](u, v, radius), color)
     else:
-        # The patch is as often round as square, so that only its texture tells the class.
+        # Half of the patches are round and half are square, so that only the texture tells the class.
         is_round = random.uniform(0, 1, count, 1, 1) < 0.5
         patch = np.where(is_round, _circle(u, v, radius), _square(u, v, radius))
         period = random.uniform(*TEXTURE_PERIOD, count, 1, 1)
@@ -113,7 +113,7 @@ def _draw(name: str, count: int, random: _Random) -> np.ndarray:
 
 
 def _turned(x, y, center: tuple[float, float], random: _Random, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates (count, 32, 32) in pixels from a random centre, turned by a random angle."""
+    """Return coordinates (count, 32, 32) in pixels around a random centre, rotated by a random angle."""
     center_x, center_y = random.uniform(*center, 2, count, 1, 1)
     cosine, sine = random.direction(count)
     x, y = x - center_x, y - center_y
@@ -121,12 +121,12 @@ def _turned(x, y, center: tuple[float, float], random: _Random, count: int) -> t
 
 
 def _paint(image: np.ndarray, distance: np.ndarray, color: np.ndarray) -> None:
-    """Colour what lies at a distance below 0, with an edge of one pixel."""
+    """Colour the pixels at a negative distance, with an anti-aliased edge of one pixel."""
     cover = np.clip(np.float32(0.5) - distance, 0, 1)[..., None]
     image += cover * (color - image)
 
 
-# Distances in pixels to an outline, negative inside, from coordinates around its centre.
+# Signed distances in pixels to an outline (negative inside), given coordinates around its centre.
 
 
 def _bar(x, y, random: _Random, count: int) -> np.ndarray:
@@ -162,7 +162,7 @@ def _cross(u, v, radius) -> np.ndarray:
 
 
 def _sides(u, v, count: int) -> np.ndarray:
-    """Distances (count, ...) to lines through the centre, normal to `count` even directions."""
+    """Return signed distances (count, ...) to lines through the centre with evenly spaced normals."""
     angles = 2 * np.pi * np.arange(count) / count
     cosines, sines = (np.round(f(angles) / COSINE_STEP) * COSINE_STEP for f in (np.cos, np.sin))
     return np.stack([u * np.float32(c) + v * np.float32(s) for c, s in zip(cosines, sines, strict=True)])
@@ -173,7 +173,7 @@ def _triangle(u, v, radius) -> np.ndarray:
 
 
 def _star(u, v, radius) -> np.ndarray:
-    # A pentagram is what lies within at least four of its five lines.
+    # A pentagram is the set of points on the inner side of at least four of its five lines.
     return np.sort(_sides(u, v, 5), axis=0)[-2] - radius * 0.36
 
 
@@ -188,11 +188,11 @@ OUTLINES = {
 }
 
 
-# Distances in periods to a texture's edge, from coordinates in periods.
+# Signed distances to a texture's edge, in periods, given coordinates in periods.
 
 
 def _wave(u) -> np.ndarray:
-    """From -1/4 to 1/4 and back once a period."""
+    """Return a triangle wave of period 1 between -1/4 and 1/4."""
     return np.abs(u - np.floor(u) - 0.5) - 0.25
 
 

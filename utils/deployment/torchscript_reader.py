@@ -5,6 +5,7 @@ and regular expressions read the qparams from the text of the graph; utils/open_
 from them.
 """
 
+import json
 import math
 import os
 import pickle
@@ -90,7 +91,7 @@ def _read_metadata(path: Path, archive: zipfile.ZipFile) -> Metadata:
     if damaged is not None:
         raise UserError(f"{path} is damaged (the checksum of {damaged} is wrong): write or fetch it again")
     try:
-        return Metadata.from_json(_read_text(archive, names[0]).decode())
+        return Metadata.from_dict(json.loads(_read_text(archive, names[0])))
     except Exception as error:
         raise UserError(
             f"{path} has metadata that cannot be read ({one_line(error)[:120]}): write or fetch it again"
