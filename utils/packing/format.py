@@ -223,7 +223,7 @@ class PackedFile:
         """Return the bytes (size,) of some arrays, one after the other."""
         data = np.concatenate([self.archive.array(name, size) for name in names])
         if len(data) != size:
-            raise self.archive.damaged(f"{names[0]} has {len(data)} bytes, not {size}")
+            raise self.archive.damaged(f"{', '.join(names)}: {len(data)} bytes, not {size}")
         return data
 
     def _numbers(self, stream: str, count: int, dtype: np.dtype) -> np.ndarray:
