@@ -164,15 +164,15 @@ def _names(name: str, group: str, density_pct: float, form: str) -> Values:
 
 
 def _published(row: Values) -> Values:
-    density = number(row["density"])
-    form = row["model"].replace("pruned", "float")
-    return _names(f"published/{row['model']}", "published", 100 * density, form) | {
+    figures = {
         "accuracy_pct": number(row["accuracy_pct"]),
         "points": number(row["change_points"]),  # as published; its accuracies do not always give it
         "file_size_mb": number(row["size_mb"]),
-        "density": density,
+        "density": number(row["density"]),
         "median_ms": row["latency_ms"] and number(row["latency_ms"]),
     }
+    form = row["model"].replace("pruned", "float")
+    return _names(f"published/{row['model']}", "published", 100 * figures["density"], form) | figures
 
 
 def _evaluated(record: Values) -> Values:
@@ -205,8 +205,8 @@ def headline(results: Results) -> str:
     by_name = {row["name"]: row for row in rows}
     shown = [by_name[name] for name in HEADLINE if name in by_name]
     sentence = ""
-    if by_name.keys() >= set(IN_A_SENTENCE) and by_name[IN_A_SENTENCE[0]]["median_ms"]:
-        ours, smallest, published = (by_name[name] for name in IN_A_SENTENCE)
+    ours, smallest, published = (by_name.get(name) for name in IN_A_SENTENCE)
+    if ours and smallest and published and ours["median_ms"] and published["median_ms"]:
         sentence = (
             f"**{ours['accuracy_pct']:.2f} % on CIFAR-10 in an int8 file of {ours['file_size_mb']:.3g} MB, "
             f"{ours['median_ms']:.3g} ms per image on one CPU core; {smallest['accuracy_pct']:.2f} % in "
