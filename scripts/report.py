@@ -1,8 +1,8 @@
-"""Write the numbers under results/ into the pages, between markers, and draw them as PNGs beside them.
+"""Write the numbers under results/ into the Markdown pages, and draw them as PNGs in results/.
 
-The same files give the same text and the same pictures, byte for byte. A block begins with
-`<!-- begin NAME ARGUMENT -->` and ends with `<!-- end NAME -->`; what stands between the two is
-replaced by what BLOCKS makes of the results. A picture without any record is left out.
+The same records give the same text and the same pictures, byte for byte. The text between
+`<!-- begin BLOCK -->` and `<!-- end BLOCK -->` is replaced by what BLOCKS makes of the records (the end
+marker has only the first word of the block's name). A picture without records is not drawn.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from utils.common import cli, errors
 from utils.common.errors import UserError
 from utils.common.files import atomic_write, check_input
 
-BLOCK = re.compile(r"(<!-- begin (\w+)(?: (\S+))? -->\n).*?(<!-- end \2 -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- begin ((\w+)[^>\n]*) -->\n).*?(<!-- end \3 -->)", re.DOTALL)
 PAGES = ("README.md", "docs/*.md", "benchmarks/README.md")
 
 
@@ -32,17 +32,17 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def fill(text: str, results: Results) -> str:
-    """Return the text with every block made anew.
+    """Return the text with every block rewritten.
 
     Raises:
-        UserError: a block has an unknown name, or a file under results/ is not a record.
+        UserError: a block has an unknown name, or a record is malformed.
     """
 
     def replace(match: re.Match) -> str:
-        begin, name, argument, end = match.groups()
+        begin, name, _, end = match.groups()
         if name not in BLOCKS:
             raise UserError(f"block {name!r} is unknown: it may be one of {', '.join(BLOCKS)}")
-        return begin + BLOCKS[name](results, argument or "") + end
+        return begin + BLOCKS[name](results) + end
 
     return BLOCK.sub(replace, text)
 
@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
 
     results = Results(Path(args.results_dir))
     if not results.folder.is_dir():
-        raise UserError(f"--results_dir {args.results_dir} is not a folder: give the one with the records")
+        raise UserError(f"--results_dir {args.results_dir} is not a folder: give the folder of the records")
     pages = args.pages or sorted(path for pattern in PAGES for path in Path().glob(pattern))
     texts = {page: check_input(page, "page").read_text() for page in pages}
     filled = {page: fill(text, results) for page, text in texts.items()}

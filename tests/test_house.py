@@ -1,13 +1,26 @@
-"""What each package may know (house rules): read from the imports and attributes of the sources."""
+"""Each package imports only from the floors below it, and some names stay in one file."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import REPOSITORY
 
-FLOORS = {
+SOURCES = {
+    path.relative_to(REPOSITORY).as_posix(): ast.parse(path.read_text())
+    for folder in ("", "models/**/", "utils/**/", "scripts/**/", "benchmarks/**/")
+    for path in REPOSITORY.glob(f"{folder}*.py")
+}
+MODULES = {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): name for name in SOURCES}
+
+LOWER_FLOORS = (
+    *("utils.common", "models", "utils.data"),
+    *("utils.evaluation", "utils.checkpoints", "utils.quantization"),
+)
+BELOW_THE_OPENERS = (*LOWER_FLOORS, "utils.training", "utils.pruning", "utils.deployment", "utils.packing")
+MAY_IMPORT = {
     "utils.common": (),
     "models": ("utils.common",),
     "utils.data": ("utils.common",),
@@ -16,115 +29,120 @@ FLOORS = {
     "utils.quantization": ("utils.common", "models"),
     "utils.training": ("utils.common", "models", "utils.data", "utils.evaluation", "utils.checkpoints"),
     "utils.pruning": ("utils.common", "models", "utils.data", "utils.evaluation", "utils.checkpoints"),
-    "utils.deployment": (
-        *("utils.common", "models", "utils.data", "utils.evaluation"),
-        *("utils.checkpoints", "utils.quantization"),
-    ),
+    "utils.deployment": LOWER_FLOORS,
     "utils.packing": ("utils.common", "models", "utils.data", "utils.checkpoints", "utils.quantization"),
-    "utils": ("utils", "models"),
+    "utils.open_weights": BELOW_THE_OPENERS,
+    "utils.open_model": (*BELOW_THE_OPENERS, "utils.open_weights"),
+    "utils.plots": (*BELOW_THE_OPENERS, "utils.open_weights", "utils.open_model"),
+    "scripts.reporting": ("utils", "models"),
+    "benchmarks": ("utils", "models"),
 }
-"""By package: what it may import beside itself. "utils" are the files directly in utils/."""
-SOURCES = sorted(
-    path
-    for pattern in ("*.py", "models/*.py", "utils/**/*.py", "scripts/**/*.py", "benchmarks/*.py")
-    for path in REPOSITORY.glob(pattern)
-)
+"""What a package or module may import of the project besides itself, from the ground floor up."""
+SCRIPTS_MAY_IMPORT = ("utils", "models", "scripts.reporting")
 
 
-def module_of(path: Path) -> str:
-    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+def is_in(module: str, package: str) -> bool:
+    return f"{module}.".startswith(f"{package}.")
 
 
-def imports_of(path: Path) -> set[str]:
-    """The modules of ours and of others that a file imports, TYPE_CHECKING or not."""
+def imports(tree: ast.AST) -> set[str]:
+    """Return the dotted names that the file imports: at the top, in functions, under TYPE_CHECKING."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module)
+            assert node.level == 0, "relative imports are not followed"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-def dotted_names(path: Path) -> set[str]:
-    """Every `a.b.c` that a file imports or writes."""
-    names = imports_of(path)
-    for node in ast.walk(ast.parse(path.read_text())):
+def attributes(tree: ast.AST) -> set[str]:
+    """Return dotted names that the file reads, such as torch.jit.trace, by any alias it imported."""
+    aliases = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            aliases |= {alias.asname: alias.name for alias in node.names if alias.asname}
+        elif isinstance(node, ast.ImportFrom):
+            aliases |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    found = set()
+    for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
-            names.add(ast.unparse(node))
-    return names
+            first, _, rest = ast.unparse(node).partition(".")
+            found.add(f"{aliases.get(first, first)}.{rest}")
+    return found
 
 
-IMPORTS = {module_of(path): imports_of(path) for path in SOURCES}
-OURS = {module: {name for name in found if name in IMPORTS} for module, found in IMPORTS.items()}
+def project_imports(tree: ast.AST) -> set[str]:
+    """Return the modules of the project among the imports."""
+    found = set()
+    for name in imports(tree):
+        module = name if name in MODULES else name.rpartition(".")[0]
+        if module in MODULES:
+            found.add(module)
+    return found
 
 
-def package_of(module: str) -> str:
-    candidates = [name for name in FLOORS if module == name or module.startswith(f"{name}.")]
-    return max(candidates, key=len, default="")
+def users_of(name: str) -> set[str]:
+    """Return the files that import or read anything called `name`."""
+    return {
+        file
+        for file, tree in SOURCES.items()
+        if any(is_in(used, name) for used in imports(tree) | attributes(tree))
+    }
 
 
-@pytest.mark.parametrize("module", [module for module in IMPORTS if package_of(module)])
-def test_a_package_imports_from_the_floors_below_it(module):
-    package = package_of(module)
-    for imported in OURS[module] - {"utils", "models"} | ({"models"} & OURS[module]):
-        other = package_of(imported)
-        allowed = other == package or other in FLOORS[package]
-        if package == "utils":
-            allowed = bool(other)
-        assert allowed, f"{module} imports {imported}"
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_imports_only_from_below(module):
+    home = next((place for place in MAY_IMPORT if is_in(module, place)), module)
+    allowed = (home, *MAY_IMPORT.get(home, SCRIPTS_MAY_IMPORT))
+    upwards = {
+        other
+        for other in project_imports(SOURCES[MODULES[module]])
+        if not any(is_in(other, place) for place in allowed)
+    }
+    assert not upwards
 
 
-def test_nothing_imports_in_a_circle():
-    seen: dict[str, bool] = {}
-
-    def visit(module: str, way: tuple[str, ...]) -> None:
-        assert module not in way, " -> ".join((*way, module))
-        if module in seen:
-            return
-        for imported in sorted(OURS[module] - {module}):
-            visit(imported, (*way, module))
-        seen[module] = True
-
-    for module in IMPORTS:
-        visit(module, ())
+def test_every_package_has_a_floor():
+    packages = {module for module in MODULES if is_in(module, "utils") and module != "utils"}
+    assert not [module for module in packages if not any(is_in(module, place) for place in MAY_IMPORT)]
 
 
-def test_scripts_never_import_each_other():
-    scripts = {m for m in IMPORTS if not m.startswith(("models", "utils", "scripts.reporting"))}
-    for module in IMPORTS:
-        assert not OURS[module] & scripts - {module}, module
+def test_no_import_goes_in_a_circle():
+    graph = {module: project_imports(SOURCES[file]) - {module} for module, file in MODULES.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
-def test_few_files_lie_directly_in_utils():
-    assert len(list((REPOSITORY / "utils").glob("*.py"))) <= 16
+def test_utils_itself_holds_few_files():
+    assert len([file for file in SOURCES if Path(file).parent == Path("utils")]) <= 16
 
 
 @pytest.mark.parametrize(
-    ("name", "allowed"),
+    "name, homes",
     [
-        ("torch.ao", {"utils.quantization.eager", "models.mobilenetv2_quantization"}),
-        ("torch.jit", {"utils.deployment.torchscript"}),
+        ("torch.ao", {"utils/quantization/eager.py", "models/mobilenetv2_quantization.py"}),
+        ("torch.quantization", set()),  # the old name of torch.ao.quantization
+        ("torch.jit", {"utils/deployment/torchscript.py"}),
+        ("torch.backends.quantized", {"utils/quantization/eager.py"}),  # the engines
     ],
 )
-def test_what_torch_has_deprecated_stands_behind_one_module(name, allowed):
-    users = {
-        module_of(path)
-        for path in SOURCES
-        if any(found == name or found.startswith(f"{name}.") for found in dotted_names(path))
-    }
-    assert users == allowed
+def test_a_name_of_torch_stays_at_home(name, homes):
+    assert users_of(name) == homes
 
 
-def test_the_loop_knows_no_command_line():
-    assert "argparse" not in IMPORTS["utils.training.loop"]
+def test_the_training_loop_knows_no_command_line():
+    assert "utils/training/loop.py" not in users_of("argparse")
 
 
-def test_data_knows_no_models_and_packing_no_engines():
-    for path in SOURCES:
-        module = module_of(path)
-        if module.startswith("utils.data"):
-            assert not any(name.startswith("models") for name in IMPORTS[module])
-        if module.startswith("utils.packing"):
-            assert not any("backends" in name or name.endswith("eager") for name in dotted_names(path))
+def test_packing_knows_no_engines():
+    assert not [file for file in users_of("utils.quantization.eager") if file.startswith("utils/packing/")]
+
+
+def test_what_is_read_through_another_name_is_found():
+    tree = ast.parse("from torch import jit as j\nimport torch as t\nj.trace\nt.ao.quantization.f(t.jit.x())")
+    assert {"torch.jit"} <= imports(tree)
+    assert {"torch.jit.trace", "torch.ao.quantization.f", "torch.jit.x"} <= attributes(tree)

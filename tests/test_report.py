@@ -24,8 +24,8 @@ kept
 SCAN = {"rows": 50, "images": 2000, "seconds": {"plain loop": 100.0, "ours": 25.0}, "ratio": 4.0}
 
 
-def lines_of(folder, block, argument=""):
-    return BLOCKS[block](Results(folder), argument).splitlines()
+def lines_of(folder, block):
+    return BLOCKS[block](Results(folder)).splitlines()
 
 
 def test_blocks_are_made_of_the_results_alone(tmp_path):
@@ -148,14 +148,14 @@ def test_runtimes_are_compared_with_the_best_that_counts(tmp_path):
         runtime_row(runtimes.OURS, 32, 10.0, 1.0),
     ]
     write(tmp_path, "benchmarks/runtimes_os8", {"rows": rows}, rounds=60, output_stride=8)
-    lines = lines_of(tmp_path, "runtimes_benchmark", "8")
+    lines = lines_of(tmp_path, "runtimes_benchmark 8")
     assert lines[2:4] == [
         "| 1 | 1 | 0.50 | 0.60 | B int8, our weights | 0.80 | 2.00 |",
         "| 1 | 32 | 10.00 | – | – | – | 40.00 |",
     ]
     write(tmp_path, "benchmarks/runtimes_os8", {"rows": rows[2:3]}, rounds=60, output_stride=8)
     with pytest.raises(UserError, match=r"runtimes_os8\.json.*TorchScript int8"):
-        lines_of(tmp_path, "runtimes_benchmark", "8")
+        lines_of(tmp_path, "runtimes_benchmark 8")
 
 
 @pytest.mark.parametrize(

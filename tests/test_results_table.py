@@ -69,7 +69,7 @@ def whole(folder):
 
 
 def table(folder, block="results_table"):
-    return BLOCKS[block](Results(folder), "")
+    return BLOCKS[block](Results(folder))
 
 
 def lines_of(folder):
