@@ -245,17 +245,17 @@ def test_what_is_no_dictionary(refused, value):
 
 
 def test_another_architecture(refused):
-    assert "not MobileNetV2's" in refused(torchvision.models.resnet18(num_classes=3).state_dict())
-    assert "not MobileNetV2's" in refused(torchvision.models.mobilenet_v3_small(num_classes=3).state_dict())
-    assert "not MobileNetV2's" in refused({})
+    assert "is not a MobileNetV2: it lacks" in refused(torchvision.models.resnet18(num_classes=3).state_dict())
+    assert "is not a MobileNetV2: it lacks" in refused(torchvision.models.mobilenet_v3_small(num_classes=3).state_dict())
+    assert "is not a MobileNetV2: it lacks" in refused({})
 
 
 def test_a_bare_state_dict_with_a_layer_missing_or_reshaped(refused):
     state = MobileNetV2(num_classes=3, width_mult=0.1).state_dict()
     missing = {name: value for name, value in state.items() if name != "features.5.conv.1.0.weight"}
-    assert "another architecture" in refused(missing)
+    assert "is not a MobileNetV2: its tensors have other shapes" in refused(missing)
     reshaped = {**state, "features.5.conv.1.0.weight": torch.zeros(7)}
-    assert "another architecture" in refused(reshaped)
+    assert "is not a MobileNetV2: its tensors have other shapes" in refused(reshaped)
 
 
 def test_the_checkpoint_of_an_unfinished_run(refused, content):
