@@ -318,6 +318,20 @@ def test_a_log_of_another_scan_is_left_alone(whole, other, says):
     assert whole.read_bytes() == content
 
 
+def test_a_log_whose_column_is_named_keep_ratio(whole):
+    content = whole.read_text()
+    whole.write_text(content.replace(",sparsity,", ",keep_ratio,", 1))
+    log = make_log(whole)
+    log.load()
+    assert [(row.layer, row.keep_ratio) for row in log.rows] == log.plan
+    log.start()
+    assert whole.read_text() == content
+
+    whole.write_text(content.replace(",sparsity,", ",sparsity,keep_ratio,", 1))
+    with pytest.raises(UserError, match=r"two columns sparsity and keep_ratio: remove one\).*--force"):
+        make_log(whole).load()
+
+
 @pytest.mark.parametrize("content", ["", "\n\n", "precious", "layer,sparsity\nclassifier.1,1.0\n", "\0\n"])
 def test_what_is_no_log_is_left_alone(tmp_path, content):
     path = tmp_path / "log.csv"
@@ -592,6 +606,12 @@ def test_marks_that_a_person_removed_or_doubled(scanned, tmp_path):
         read_recommended(write([30, ""] * 53))
     by_hand = read_recommended(write(["", "0.123456789"] * 53))[0]
     assert set(by_hand.values()) == {0.123456789}
+
+
+def test_recommendations_are_the_same_under_either_name(scanned, tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text(scanned[0].read_text().replace(",sparsity,", ",keep_ratio,", 1))
+    assert read_recommended(path) == read_recommended(scanned[0])
 
 
 def test_a_bare_state_dict_can_be_scanned(scan, tiny_weights, tmp_path):

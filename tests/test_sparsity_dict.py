@@ -37,8 +37,21 @@ def read(tmp_path):
         "\n" + GOOD.replace("\n", "\n\n") + ",\n",
         'sparsity,shape,layer\n"1.0",8x3x3x3,features.0.0\n2.5e-1,,features.1.conv.0.0\n.0,?,"classifier.1"\n',
         "layer,sparsity\nclassifier.1,0\nfeatures.1.conv.0.0,0.25\nfeatures.0.0,1\n",
+        GOOD.replace("sparsity", "keep_ratio"),
+        "keep_ratio,layer\n1,features.0.0\n0.25,features.1.conv.0.0\n0,classifier.1\n",
     ],
-    ids=["plain", "crlf", "bom", "spaces", "no_last_newline", "blank_lines", "columns", "rows"],
+    ids=[
+        "plain",
+        "crlf",
+        "bom",
+        "spaces",
+        "no_last_newline",
+        "blank_lines",
+        "columns",
+        "rows",
+        "keep_ratio",
+        "keep_ratio_first",
+    ],
 )
 def test_good_files_in_forward_order(read, content):
     keep_ratios = read(content)
@@ -52,6 +65,15 @@ BAD = {
     "header_alone": ("layer,sparsity\n", "no rows"),
     "no_such_column": (GOOD.replace("sparsity", "keep"), "has no column sparsity (it has layer, keep)"),
     "two_such_columns": ("layer,sparsity,sparsity\nfeatures.0.0,1,1\n", "two columns sparsity"),
+    "both_names": (
+        "layer,sparsity,keep_ratio\nfeatures.0.0,1,1\n",
+        "two columns sparsity and keep_ratio: remove one",
+    ),
+    "other_name_twice": ("layer,keep_ratio,keep_ratio\nfeatures.0.0,1,1\n", "two columns keep_ratio: remove"),
+    "fault_under_the_other_name": (
+        GOOD.replace("sparsity", "keep_ratio").replace("0.25", "25%"),
+        "line 3, column keep_ratio: '25%' for features.1.conv.0.0 is in percent",
+    ),
     "semicolons": (GOOD.replace(",", ";"), "not separated by commas"),
     "tabs": (GOOD.replace(",", "\t"), "not separated by commas"),
     "unknown_layer": (

@@ -5,7 +5,7 @@ import difflib
 import io
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,18 +15,19 @@ from utils.common.files import atomic_write, check_input
 
 @dataclass(frozen=True)
 class Row:
-    """A row below the header: its cells by column, its file and its line number."""
+    """A row below the header: its file and line number, its cells and the header's spelling by column."""
 
     path: Path
     line: int
     cells: dict[str, str]
+    spelling: dict[str, str]
 
     def __getitem__(self, column: str) -> str:
         return self.cells[column]
 
     def error(self, column: str, message: str) -> UserError:
         """Return the error to raise for the cell in a column."""
-        return UserError(f"{self.path} line {self.line}, column {column}: {message}")
+        return UserError(f"{self.path} line {self.line}, column {self.spelling[column]}: {message}")
 
     def fraction(self, column: str, about: str) -> float:
         """Return the number from 0 to 1 in a column.
@@ -81,7 +82,9 @@ class Row:
         return value
 
 
-def read_csv(path: str | os.PathLike, what: str, columns: Sequence[str], made_by: str) -> list[Row]:
+def read_csv(
+    path: str | os.PathLike, what: str, columns: Sequence[str], made_by: str, aliases: Mapping[str, str]
+) -> list[Row]:
     """Read a CSV file and return its rows, at least one.
 
     Args:
@@ -89,6 +92,7 @@ def read_csv(path: str | os.PathLike, what: str, columns: Sequence[str], made_by
         what: what messages call the file.
         columns: the required columns.
         made_by: the script that writes such a file, for messages.
+        aliases: other names that a header may have for a column: {other: column}.
 
     Raises:
         UserError: the file is missing, empty, not text, or not a table with these columns.
@@ -96,7 +100,7 @@ def read_csv(path: str | os.PathLike, what: str, columns: Sequence[str], made_by
     text = read_text(path, what)
     if not text.strip():
         raise UserError(f"{path} is empty: make it again with {made_by}")
-    rows = parse_csv(path, text, columns, made_by)
+    rows = parse_csv(path, text, columns, made_by, aliases)
     if not rows:
         raise UserError(f"{path} has a header and no rows: make it again with {made_by}")
     return rows
@@ -114,7 +118,9 @@ def read_text(path: str | os.PathLike, what: str) -> str:
         raise UserError(f"{path} is not text in UTF-8: save it as CSV (UTF-8)") from error
 
 
-def parse_csv(path: str | os.PathLike, text: str, columns: Sequence[str], made_by: str) -> list[Row]:
+def parse_csv(
+    path: str | os.PathLike, text: str, columns: Sequence[str], made_by: str, aliases: Mapping[str, str]
+) -> list[Row]:
     """Return the rows of a table that has `columns`, in any order, and possibly others.
 
     Windows line ends, spaces around cells and blank lines are accepted.
@@ -124,6 +130,7 @@ def parse_csv(path: str | os.PathLike, text: str, columns: Sequence[str], made_b
         text: the whole file.
         columns: the required columns.
         made_by: the script that writes such a file, for messages.
+        aliases: other names that a header may have for a column: {other: column}.
 
     Raises:
         UserError: the text is not a table with these columns.
@@ -132,6 +139,7 @@ def parse_csv(path: str | os.PathLike, text: str, columns: Sequence[str], made_b
     # Strict, because an unclosed quote would otherwise swallow the rest of the file.
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
+    names: list[str] = []
     rows = []
     try:
         for cells in reader:
@@ -140,14 +148,16 @@ def parse_csv(path: str | os.PathLike, text: str, columns: Sequence[str], made_b
                 continue
             if header is None:
                 header = cells
-                _check_header(path, header, columns, made_by)
+                names = [aliases.get(name, name) for name in header]
+                _check_header(path, header, names, columns, made_by)
             elif len(cells) != len(header):
                 raise UserError(
                     f"{path} line {reader.line_num} has {len(cells)} cells, the header has {len(header)}: "
                     "separate cells by one comma, and write numbers with a decimal point, as in 0.5"
                 )
             else:
-                rows.append(Row(path, reader.line_num, dict(zip(header, cells, strict=True))))
+                by_name = dict(zip(names, cells, strict=True))
+                rows.append(Row(path, reader.line_num, by_name, dict(zip(names, header, strict=True))))
     except csv.Error as error:
         raise UserError(f"{path} line {reader.line_num} is not CSV ({error}): check its quotes") from error
     return rows
@@ -176,11 +186,16 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f": did you mean {near[0]}?" if near else ""
 
 
-def _check_header(path: Path, header: list[str], columns: Sequence[str], made_by: str) -> None:
+def _check_header(
+    path: Path, header: list[str], names: list[str], columns: Sequence[str], made_by: str
+) -> None:
     for column in columns:
-        if header.count(column) > 1:
-            raise UserError(f"{path} has two columns {column}: remove one")
-        if column in header:
+        if names.count(column) > 1:
+            spellings = dict.fromkeys(
+                spelling for spelling, name in zip(header, names, strict=True) if name == column
+            )
+            raise UserError(f"{path} has two columns {' and '.join(spellings)}: remove one")
+        if column in names:
             continue
         if len(header) == 1 and any(separator in header[0] for separator in ";\t"):
             raise UserError(f"{path} is not separated by commas: save it as CSV with commas")

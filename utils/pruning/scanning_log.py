@@ -1,10 +1,14 @@
-"""The CSV that a sensitivity scan writes a row at a time, and goes on with when it was interrupted.
+"""The CSV of a sensitivity scan, written row by row so that an interrupted scan can be resumed.
 
-Columns: layer, sparsity (the fraction of weights KEPT), accuracy_pct, correct, total, loss (nats, to
-LOSS_DECIMALS, which the order of float additions does not reach);
-recommended_sparsity, filled in one row a layer: the first (smallest) sparsity that stays at or
-above the threshold, or 1.0 in the layer's last row if none does; shape, parameters and macs, which
-help decide; and scan_id, which tells the rows of one scan from those of another.
+Columns:
+    layer.
+    sparsity: the fraction of the layer's weights that are KEPT. `keep_ratio` is read as well.
+    accuracy_pct, correct, total.
+    loss: in nats, to LOSS_DECIMALS, which the order of float additions does not change.
+    recommended_sparsity: filled in once per layer, in the row of the smallest sparsity that stays at or
+        above the threshold; 1.0 in the layer's last row if none does.
+    shape, parameters, macs: for the person who decides.
+    scan_id: tells the rows of one scan from those of another.
 """
 
 import os
@@ -20,7 +24,7 @@ from models.statistics import prunable_layers
 from utils.common import distributed
 from utils.common.csv_files import Row, format_line, parse_csv, read_csv, read_text, suggest, write_csv
 from utils.common.errors import UserError
-from utils.pruning.sparsity_dict import READ_ONLY_COLUMNS
+from utils.pruning.sparsity_dict import ALIASES, READ_ONLY_COLUMNS
 
 if TYPE_CHECKING:
     from utils.evaluation import Evaluation
@@ -105,7 +109,7 @@ class ScanningLog:
         try:
             if not whole.strip():
                 raise UserError("it has no header")
-            rows = parse_csv(self.path, whole, COLUMNS, MADE_BY)
+            rows = parse_csv(self.path, whole, COLUMNS, MADE_BY, ALIASES)
             self.rows = [_measurement(row) for row in rows]
         except UserError as error:
             raise UserError(
@@ -186,7 +190,7 @@ def read_recommended(path: str | os.PathLike) -> tuple[dict[str, float], dict[st
     """
     with torch.device("meta"):
         layers = list(prunable_layers(MobileNetV2(width_mult=0.1)))
-    rows = read_csv(path, "scanning log", COLUMNS, MADE_BY)
+    rows = read_csv(path, "scanning log", COLUMNS, MADE_BY, ALIASES)
     measured: dict[Point, Row] = {}
     recommended: dict[str, float] = {}
     for row in rows:
@@ -246,7 +250,7 @@ def read_measurements(
                 f"{path} is the log of another model: {name} is {shape} there and {descriptions[name][0]} "
                 "here: scan this one"
             )
-    measurements = [_measurement(row) for row in read_csv(path, "scanning log", COLUMNS, MADE_BY)]
+    measurements = [_measurement(row) for row in read_csv(path, "scanning log", COLUMNS, MADE_BY, ALIASES)]
     levels = {row.keep_ratio for row in measurements} - {1.0}
     if len(levels) < 2:
         raise UserError(

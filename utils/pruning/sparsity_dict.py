@@ -1,7 +1,7 @@
 """The CSV that says how much of each layer is kept; people edit it by hand.
 
 Its column `sparsity` is the fraction of the layer's weights that are KEPT: 1.0 is not pruned, 0.0
-prunes all of the layer. In code the same number is called keep_ratio.
+prunes all of the layer. The code calls this number keep_ratio, and a file may name its column so too.
 """
 
 import os
@@ -12,6 +12,7 @@ from utils.common.csv_files import read_csv, suggest, write_csv
 from utils.common.errors import UserError
 
 COLUMNS = ("layer", "sparsity")
+ALIASES = {"keep_ratio": "sparsity"}
 # For the person who decides; reading ignores them.
 READ_ONLY_COLUMNS = ("shape", "parameters", "macs")
 MEANING = "sparsity is the fraction of weights KEPT: 1.0 is not pruned, 0.0 prunes all of the layer"
@@ -49,7 +50,7 @@ def read_sparsity_dict(path: str | os.PathLike, layers: Collection[str]) -> dict
     """
     lines: dict[str, int] = {}
     keep_ratios: dict[str, float] = {}
-    for row in read_csv(path, "sparsity dict", COLUMNS, MADE_BY):
+    for row in read_csv(path, "sparsity dict", COLUMNS, MADE_BY, ALIASES):
         name = row["layer"]
         if name not in layers:
             raise row.error("layer", f"the model has no layer {name!r}{suggest(name, layers)}")
