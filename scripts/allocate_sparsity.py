@@ -1,8 +1,8 @@
-"""Choose how much of each layer to keep, so that the whole model ends at an asked density.
+"""Choose how much of each layer to keep so that the whole model reaches a target density.
 
-Writes the CSV that prune.py reads and people edit; its `sparsity` is the fraction of a layer's
-weights KEPT. --target is the density of the whole model, as evaluate.py prints it: the fraction of
-ALL parameters (weights, biases and batch norms) that are not zero.
+Writes the CSV that prune.py reads and that you can edit; its `sparsity` is the fraction of a layer's weights
+KEPT. --target is the density of the whole model, as evaluate.py prints it: the fraction of ALL parameters
+(weights, biases and batch norms) that are not zero.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from utils.pruning.tables import format_density, format_layers
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--weights", required=True, help="weights file of the model to prune")
     parser.add_argument(
@@ -41,18 +41,20 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=cli.fraction,
         required=True,
         metavar="DENSITY",
-        help="fraction of ALL parameters that are to be nonzero, such as 0.271",
+        help="fraction of ALL parameters that should be nonzero, such as 0.271",
     )
     parser.add_argument(
         "--method",
         choices=METHODS,
         default=DEFAULT_METHOD,
         help="uniform: the same fraction everywhere; erk: Erdős–Rényi-Kernel; global: one threshold for "
-        "the magnitudes of all layers (goes with --spare classifier, the layer without a batch norm); "
-        "lamp: one threshold for layer-adaptive magnitudes; sensitivity: the least loss by a scan",
+        "the magnitudes of all layers (use with --spare classifier, which has no batch norm); "
+        "lamp: one threshold for layer-adaptive magnitudes; sensitivity: the least loss predicted by a scan",
     )
     parser.add_argument(
-        "--scanning_log", metavar="CSV", help="finished log of scripts/sensitivity_scan.py, for sensitivity"
+        "--scanning_log",
+        metavar="CSV",
+        help="finished log of scripts/sensitivity_scan.py, for --method sensitivity",
     )
     parser.add_argument("--o", default="sparsity_dict.csv", help="CSV to write")
     cli.add_force_argument(parser)
@@ -60,7 +62,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "limits", f"LAYER is a layer's name, such as features.18.0, or one of {', '.join(GROUPS)}"
     )
     limits.add_argument(
-        "--spare", nargs="+", action="extend", default=[], metavar="LAYER", help="layers that lose nothing"
+        "--spare", nargs="+", action="extend", default=[], metavar="LAYER", help="layers that are not pruned"
     )
     for flag, what in (("--keep_at_least", "smallest"), ("--keep_at_most", "largest")):
         limits.add_argument(
@@ -77,13 +79,13 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=cli.non_negative_int,
         default=1,
         metavar="N",
-        help="every layer keeps at least N weights an output channel, on average; 0 lets layers vanish",
+        help="every layer keeps at least N weights per output channel on average; 0 allows empty layers",
     )
     return parser
 
 
 def layer_fraction(text: str) -> tuple[str, float]:
-    """LAYER=FRACTION as a pair."""
+    """Parse LAYER=FRACTION into a pair."""
     name, separator, fraction = text.partition("=")
     if not (name and separator):
         raise argparse.ArgumentTypeError(f"{text!r} must be LAYER=FRACTION, such as depthwise=0.5")
@@ -91,7 +93,7 @@ def layer_fraction(text: str) -> tuple[str, float]:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Check the budget, share it out, write the CSV."""
+    """Allocate the budget and write the CSV."""
     files.check_output(args.o, force=args.force)
     if (args.method == "sensitivity") != (args.scanning_log is not None):
         raise UserError(
@@ -121,7 +123,7 @@ def main(args: argparse.Namespace) -> None:
         layer.name: shortest_keep_ratio(kept[layer.name], layer.parameters) for layer in statistics.layers
     }
     write_sparsity_dict(args.o, keep_ratios, descriptions)
-    # What is printed is counted on the pruned model, as prune.py will find it.
+    # The printed numbers are counted on the pruned model, as prune.py will count them.
     pruner = FineGrainedPruner(weights.model, keep_ratios)
     pruner.apply()
     print(format_layers(pruner))

@@ -1,7 +1,7 @@
-"""Write a CSV with a row for each prunable layer, all at sparsity 1.0, to be edited by hand.
+"""Write a CSV with one row per prunable layer, all at sparsity 1.0, for editing by hand.
 
-The column `sparsity` is the fraction of weights KEPT: 1.0 is not pruned, 0.0 prunes all of the
-layer. The columns shape, parameters and macs are there to help decide; prune.py ignores them.
+The column `sparsity` is the fraction of weights KEPT: 1.0 is not pruned, 0.0 prunes all of the layer. The
+columns shape, parameters and macs help you decide; prune.py ignores them.
 """
 
 import argparse
@@ -21,21 +21,21 @@ from utils.pruning.sparsity_dict import MEANING, describe_layers, write_sparsity
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--o", default="sparsity_dict.csv", help="CSV to write")
     cli.add_force_argument(parser)
-    parser.add_argument("--weights", help="weights file of the model (default: as the flags below say)")
+    parser.add_argument("--weights", help="weights file of the model (default: the flags below describe it)")
     model = parser.add_argument_group("model, without --weights")
     model.add_argument("--num_classes", type=cli.positive_int, help="(default: 10)")
     model.add_argument("--width_mult", type=cli.positive_float, help="(default: 1.0)")
     model.add_argument("--output_stride", type=int, choices=sorted(OUTPUT_STRIDES), help="(default: 16)")
-    model.add_argument("--image_size", type=cli.positive_int, help="side in pixels (default: 32)")
+    model.add_argument("--image_size", type=cli.positive_int, help="image side in pixels (default: 32)")
     return parser
 
 
 def described_model(args: argparse.Namespace) -> Weights:
-    """The model of --weights, or that of the other flags.
+    """Return the model of --weights, or the one that the other flags describe.
 
     Raises:
         UserError: both are given.
@@ -51,7 +51,7 @@ def described_model(args: argparse.Namespace) -> Weights:
         described["image_size"] = args.image_size
     if described:
         raise errors.UserError(
-            f"--{next(iter(described))} is what --weights says already: give one of the two"
+            f"--{next(iter(described))} is already given by --weights: give only one of the two"
         )
     return open_weights(args.weights)
 

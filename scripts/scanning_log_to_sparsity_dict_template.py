@@ -1,7 +1,7 @@
 """Turn a finished sensitivity scan into a sparsity dict with the recommended sparsity of each layer.
 
-The result is a start: layers were pruned one at a time, and pruning them together costs more. Edit
-it by hand, then give it to prune.py.
+The result is a starting point: the scan prunes one layer at a time, and pruning all of them together costs
+more accuracy. Edit it by hand, then pass it to prune.py.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from utils.pruning.sparsity_dict import MEANING, write_sparsity_dict
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--f", default="scanning_log.csv", help="log of scripts/sensitivity_scan.py")
     parser.add_argument("--o", default="sparsity_dict.csv", help="CSV to write")
@@ -25,7 +25,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Read the log, write the dict."""
+    """Write the sparsity dict that the log recommends."""
     files.check_output(args.o, force=args.force)
     keep_ratios, descriptions = read_recommended(args.f)
     write_sparsity_dict(args.o, keep_ratios, descriptions)

@@ -1,9 +1,8 @@
 """Prune each layer alone, measure accuracy, and recommend how much of it to keep.
 
-Writes a CSV a row at a time (an interrupted scan goes on where it stopped when the same command is
-given again) and a plot beside it. `sparsity` is the fraction of weights KEPT. Recommended is the
-smallest sparsity at which accuracy stays at or above the threshold, else 1.0. torchrun shares the
-layers among processes.
+Writes a CSV row by row (to resume an interrupted scan, give the same command again) and a plot beside it.
+`sparsity` is the fraction of weights KEPT. The recommended sparsity is the smallest one at which the accuracy
+stays at or above the threshold, or 1.0 if there is none. torchrun divides the layers among processes.
 """
 
 import argparse
@@ -33,7 +32,7 @@ from utils.pruning.sparsity_dict import describe_layers
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--weights", required=True, help="weights file of the model to scan")
     parser.add_argument(
@@ -41,7 +40,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=cli.percent,
         required=True,
         metavar="PERCENT",
-        help="accuracy that a recommended sparsity keeps, such as 80.5",
+        help="accuracy that a recommended sparsity must reach, such as 80.5",
     )
     parser.add_argument(
         "--sparsities",
@@ -53,7 +52,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--split", choices=("test", "val"), default="test", help="images to measure on; val is for tuning"
     )
-    parser.add_argument("--batch_size", type=cli.positive_int, default=250, help="images a batch")
+    parser.add_argument("--batch_size", type=cli.positive_int, default=250, help="images per batch")
     parser.add_argument("--o", default="scanning_log.csv", help="CSV to write")
     parser.add_argument("--plot", help="PNG to write (default: beside --o, with its name)")
     cli.add_force_argument(parser)
@@ -66,10 +65,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_outputs(args: argparse.Namespace) -> Path:
-    """Check every output before the work starts; the path of the plot.
+    """Check every output before the work starts, and return the path of the plot.
 
     Raises:
-        UserError: one cannot be written, or is there already and is not a log to go on with.
+        UserError: an output cannot be written, or exists and is not a log to resume.
     """
     plot = Path(args.plot) if args.plot else Path(args.o).with_suffix(".png")
     if plot.resolve() == Path(args.o).resolve():
@@ -82,24 +81,24 @@ def check_outputs(args: argparse.Namespace) -> Path:
 
 
 def format_layer(log: ScanningLog, name: str) -> str:
-    """A layer's row of the printed table."""
+    """Return a layer's row of the printed table."""
     rows = log.of_layer(name)
     cells = "".join(f"{row.accuracy_pct:9.2f}" for row in rows)
     return f"{name:<22}{cells}{log.recommended()[name]:>13g}"
 
 
 def format_header(log: ScanningLog) -> str:
-    """The head of the printed table."""
+    """Return the header of the printed table."""
     levels = sorted({keep_ratio for _, keep_ratio in log.plan})
     return f"{'accuracy % at sparsity':<22}{''.join(f'{level:9g}' for level in levels)}  recommended"
 
 
 def scan(weights: CompleteWeights, batches: Loader, log: ScanningLog) -> None:
-    """Measure what the log lacks; write the rows of a layer together and print a line.
+    """Measure the points missing from the log; append their rows and print one line per layer.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C; the log holds every row that was measured.
-        UserError: another process has ended; the same holds for the log.
+        KeyboardInterrupt: on Ctrl-C; the log has every row that was measured.
+        UserError: another process has ended; the log has every row that was measured.
     """
     print(format_header(log))
     done = len(log.rows)
@@ -134,7 +133,7 @@ def scan(weights: CompleteWeights, batches: Loader, log: ScanningLog) -> None:
 
 
 def density_at(keep_ratios: dict[str, float], statistics: ModelStatistics) -> float:
-    """Fraction of all parameters that are left when each layer keeps its fraction."""
+    """Return the fraction of all parameters left after each layer is pruned to its fraction."""
     pruned = sum(
         layer.parameters - kept_count(layer.parameters, keep_ratios[layer.name])
         for layer in statistics.layers
@@ -143,7 +142,7 @@ def density_at(keep_ratios: dict[str, float], statistics: ModelStatistics) -> fl
 
 
 def main(args: argparse.Namespace) -> None:
-    """Scan, or go on with a scan; write the log and the plot."""
+    """Start or resume a scan; write the log and the plot."""
     runtime.set_up(args.seed, args.threads, parallel=True)
     device = choose_device(args)
     plot = check_outputs(args)
@@ -152,7 +151,7 @@ def main(args: argparse.Namespace) -> None:
     weights = complete(args.weights, weights, data)
     split = data.split(args.split)
     batches = Loader(split, weights.normalization, args.batch_size)
-    # As the images lie in memory.
+    # The memory format of the images.
     model = weights.model.to(memory_format=torch.channels_last)
     statistics = model_statistics(model, weights.image_size)
 
@@ -166,7 +165,7 @@ def main(args: argparse.Namespace) -> None:
     if distributed.is_main() and Path(args.o).is_file() and not args.force:
         log.load()
         print(f"going on after {len(log.rows)} of {len(log.plan)} rows in {args.o}")
-    # Also so that nothing is written before every process has found the outputs as it may.
+    # Also a barrier: nothing is written before every process has checked the outputs.
     log.rows = distributed.gather(log.rows)[0]
     log.start()
     dense = evaluate(model.to(device), batches)

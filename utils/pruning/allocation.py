@@ -1,16 +1,14 @@
-"""How much of each layer to keep, so that the whole model ends at an asked density.
+"""Choose how many weights each layer keeps so that the whole model reaches a target density.
 
-The budget counts what `models.statistics` counts: all parameters that are not zero. Batch norms
-and biases are not pruned, so what is left of the budget after them is shared out among the layers'
-weights, to the weight. A weight that is zero already is not counted as kept.
-
-Methods: `uniform`, `erk`, `global_magnitude`, `lamp`, `sensitivity`.
+The budget covers all nonzero parameters, as `models.statistics` counts them. Batch norms and biases are not
+pruned; the rest of the budget is divided exactly among the weights of the layers. A weight that is already
+zero does not count as kept.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -31,39 +29,36 @@ BISECTIONS = 200
 """More halvings than a float64 has bits."""
 DENSITY_DECIMALS = 6
 POINTS_BETWEEN = 15
-"""Of a layer's loss, interpolated between two measured sparsities."""
+"""Interpolated points of a loss curve between two measured ones."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How many weights a layer keeps: at least `least`, at most `most`."""
+    """The smallest and the largest number of weights that a layer may keep."""
 
     least: int
     most: int
 
 
-def layer_groups(model: nn.Module) -> dict[str, list[str]]:
-    """The layers of each of GROUPS: the first one, the depthwise convolutions, the last one."""
+def select_layers(selector: str, model: nn.Module) -> list[str]:
+    """Return the names of the layers that `selector` stands for.
+
+    Args:
+        selector: a layer's name, or one of GROUPS (first layer, depthwise convolutions, last layer).
+        model: the model.
+
+    Raises:
+        UserError: the selector is neither.
+    """
     layers = prunable_layers(model)
     names = list(layers)
     depthwise = [name for name, layer in layers.items() if getattr(layer, "groups", 1) > 1]
-    return dict(zip(GROUPS, ([names[0]], depthwise, [names[-1]]), strict=True))
-
-
-def select_layers(selector: str, model: nn.Module) -> list[str]:
-    """The layers that a name of a layer or of one of GROUPS stands for.
-
-    Raises:
-        UserError: it is neither.
-    """
-    groups, layers = layer_groups(model), list(prunable_layers(model))
-    if selector in groups:
-        return groups[selector]
-    if selector in layers:
-        return [selector]
-    known = [*GROUPS, *layers]
+    selections = dict(zip(GROUPS, ([names[0]], depthwise, [names[-1]]), strict=True))
+    selections |= {name: [name] for name in names}
+    if selector in selections:
+        return selections[selector]
     raise UserError(
-        f"the model has no layer {selector!r}{suggest(selector, known)} "
+        f"the model has no layer {selector!r}{suggest(selector, selections)} "
         f"(give a layer's name, or one of {', '.join(GROUPS)})"
     )
 
@@ -77,23 +72,23 @@ def layer_limits(
     keep_at_most: Iterable[tuple[str, float]] = (),
     keep_per_channel: int = 0,
 ) -> dict[str, Limits]:
-    """What each layer may keep; where several limits name a layer, all of them hold.
+    """Return the limits of each layer. If several name the same layer, all of them apply.
 
     Args:
-        model: whose layers these are.
-        layers: statistics of the prunable layers.
-        spare: layers or GROUPS that lose nothing.
-        keep_at_least: (layer or group, fraction of the weights kept).
-        keep_at_most: the same.
-        keep_per_channel: every layer keeps at least so many weights an output channel, on average
-            over the layer; what `keep_at_most` says comes first.
+        model: the model.
+        layers: statistics of its prunable layers.
+        spare: layers or GROUPS that are not pruned.
+        keep_at_least: pairs of a layer or group and the smallest fraction of its weights to keep.
+        keep_at_most: pairs of a layer or group and the largest fraction of its weights to keep.
+        keep_per_channel: weights that every layer keeps at least per output channel, averaged over the
+            layer; `keep_at_most` takes precedence.
 
     Raises:
         UserError: a layer is unknown, or its limits contradict each other.
     """
     totals = {layer.name: layer.parameters for layer in layers}
     least = {layer.name: 0 for layer in layers}
-    # A weight that is zero already cannot be one that is kept.
+    # A weight that is already zero cannot be kept.
     most = {layer.name: layer.nonzeros for layer in layers}
     for selector in spare:
         for name in select_layers(selector, model):
@@ -116,15 +111,15 @@ def layer_limits(
 
 
 def weight_budget(target: float, statistics: ModelStatistics, limits: dict[str, Limits]) -> int:
-    """How many weights all layers keep together, for the density that is nearest to `target`.
+    """Return how many weights all layers keep together for the density nearest to `target`.
 
     Args:
-        target: fraction of all parameters that are to be nonzero.
-        statistics: of the model as it is.
+        target: fraction of all parameters that should be nonzero.
+        statistics: of the model before pruning.
         limits: by layer.
 
     Raises:
-        UserError: no choice within the limits has this density.
+        UserError: the limits do not allow this density.
     """
     unprunable = statistics.nonzeros - sum(layer.nonzeros for layer in statistics.layers)
     nonzeros = round(target * statistics.parameters)
@@ -132,7 +127,7 @@ def weight_budget(target: float, statistics: ModelStatistics, limits: dict[str, 
     largest = unprunable + sum(limit.most for limit in limits.values())
     if smallest <= nonzeros <= largest:
         return nonzeros - unprunable
-    # Rounded inwards, so that the number given here works.
+    # Rounded towards the possible densities, so that the suggested number works.
     scale, parameters = 10**DENSITY_DECIMALS, statistics.parameters
     if nonzeros < smallest:
         raise UserError(
@@ -149,55 +144,54 @@ def weight_budget(target: float, statistics: ModelStatistics, limits: dict[str, 
 
 
 def uniform(layers: Sequence[LayerStatistics], limits: dict[str, Limits], budget: int) -> dict[str, int]:
-    """The same fraction of each layer, as far as its limits allow.
+    """Keep the same fraction of each layer, as far as its limits allow.
 
     Args:
         layers: statistics of the prunable layers.
         limits: by layer.
-        budget: as `weight_budget` gives it.
+        budget: weights kept in all layers together, from `weight_budget`.
 
     Returns:
-        How many weights each layer keeps.
+        The number of weights to keep, by layer.
     """
     return fill({layer.name: layer.parameters for layer in layers}, limits, budget)
 
 
 def erk(layers: Sequence[LayerStatistics], limits: dict[str, Limits], budget: int) -> dict[str, int]:
-    """Erdős–Rényi-Kernel (Evci et al., 2020, https://arxiv.org/abs/1911.11134).
+    """Allocate by Erdős–Rényi-Kernel (Evci et al., 2020, https://arxiv.org/abs/1911.11134).
 
-    A layer's density is in proportion to the sum of its weight's dimensions over their product, so
-    that the number of weights it keeps is in proportion to the sum. Layers that would be denser
-    than 1 are whole, and the others share what is left. Arguments are those of `uniform`.
+    A layer's density is proportional to the sum of its weight's dimensions over their product, so the number
+    of weights it keeps is proportional to the sum. Layers whose density would exceed 1 are not pruned, and
+    the others share the rest. Arguments and result are those of `uniform`.
     """
     return fill({layer.name: sum(layer.shape) for layer in layers}, limits, budget)
 
 
 def global_magnitude(model: MobileNetV2, limits: dict[str, Limits], budget: int) -> dict[str, int]:
-    """One threshold for the magnitudes of all layers (Han et al., 2015, https://arxiv.org/abs/1506.02626).
+    """Apply one magnitude threshold to all layers (Han et al., 2015, https://arxiv.org/abs/1506.02626).
 
-    A convolution in front of a batch norm can be scaled at will without any change of the outputs,
-    so its raw magnitudes mean nothing beside those of another layer. Compared are the weights with
-    the batch norms folded in, as the model computes with them. Which weights stay in a layer is up
-    to prune.py, which goes by the raw ones. The classifier has no batch norm; its small weights lose
-    against all others, so it is best spared.
+    Scaling a convolution before a batch norm does not change the outputs, so raw magnitudes of different
+    layers cannot be compared. Weights are compared with their batch norms folded in. This only chooses how
+    many weights a layer keeps; prune.py chooses which, by raw magnitude. The classifier has no batch norm and
+    its weights are small, so it is best spared.
 
     Args:
-        model: of float weights.
+        model: a float model.
         limits: by layer.
-        budget: as `weight_budget` gives it.
+        budget: weights kept in all layers together, from `weight_budget`.
 
     Returns:
-        How many weights each layer keeps.
+        The number of weights to keep, by layer.
     """
     scores = {name: weight.abs() for name, weight in folded_weights(model).items()}
     return keep_largest(scores, limits, budget)
 
 
 def lamp(model: nn.Module, limits: dict[str, Limits], budget: int) -> dict[str, int]:
-    """Layer-adaptive magnitude (Lee et al., 2021, https://arxiv.org/abs/2010.07611).
+    """Apply one threshold to the LAMP scores of all layers.
 
-    One threshold for the scores of all layers, see `lamp_scores`. Arguments are those of
-    `global_magnitude`.
+    Layer-adaptive magnitude-based pruning (Lee et al., 2021, https://arxiv.org/abs/2010.07611).
+    Arguments and result are those of `global_magnitude`.
     """
     layers = prunable_layers(model)
     scores = {name: lamp_scores(layer.weight.detach().flatten()) for name, layer in layers.items()}
@@ -205,13 +199,16 @@ def lamp(model: nn.Module, limits: dict[str, Limits], budget: int) -> dict[str, 
 
 
 def lamp_scores(weight: Tensor) -> Tensor:
-    """The LAMP score of each weight (n,): its square over the sum of all squares not before it.
+    """Return the LAMP score of each weight (equation 3 of Lee et al., 2021).
 
-    In the order of rising magnitude; of equal ones, the first in `weight` is last, which is the one
-    that pruning keeps. A zero scores 0. Equation 3 of Lee et al., 2021.
+    In order of increasing magnitude, the score is the weight's square over the sum of its square and all
+    later ones. Among equal magnitudes the first in `weight` comes last, because pruning keeps it longest.
+
+    Args:
+        weight: (n,).
 
     Returns:
-        float64 (n,), in the order of `weight`; 1 for the largest weight of the layer.
+        float64 (n,), in the order of `weight`: 1 for the layer's largest weight, 0 for zeros.
     """
     squares = weight.double().square()
     falling, order = squares.sort(descending=True, stable=True)
@@ -221,24 +218,23 @@ def lamp_scores(weight: Tensor) -> Tensor:
 
 
 Curve = list[tuple[int, float]]
-"""Points (weights kept, loss) of a layer: more weights, less loss, each slope flatter than the last."""
+"""Points (weights kept, loss) of a layer by increasing count: convex, and the loss never increases."""
 
 
 def loss_curves(
     model: nn.Module, layers: Sequence[LayerStatistics], measurements: Sequence[Measurement]
 ) -> dict[str, Curve]:
-    """What each layer's loss is by the number of weights it keeps, from a scan of each layer alone.
+    """Return the loss against the number of weights kept, for each layer pruned alone.
 
-    Near its minimum a loss grows with the square of the change of the weights. So between two
-    measured sparsities it is taken to rise with the sum of the squares of the weights that are
-    pruned. A loss that fell when more was pruned is raised to the larger one behind it, and points
-    above the line between their neighbours are left out, which makes the curve convex.
+    Near a minimum the loss grows with the square of the change in the weights, so between two measurements
+    it is interpolated by the sum of the squared pruned weights. Where pruning more lowered the measured loss,
+    the larger loss at the higher count is used. Points above the lower convex hull are dropped.
 
     Args:
-        model: that was scanned.
+        model: the scanned model.
         layers: statistics of its prunable layers.
-        measurements: all rows of a scan of these layers. Without one at sparsity 1, the smallest
-            loss of all stands for that of the whole model.
+        measurements: all rows of a scan of these layers. If none is at sparsity 1, the smallest loss
+            stands for that of the unpruned model.
     """
     whole = [row.loss for row in measurements if row.keep_ratio == 1]
     base = min(whole or [row.loss for row in measurements])
@@ -247,7 +243,7 @@ def loss_curves(
         points = {layer.nonzeros: base}
         for row in measurements:
             if row.layer == layer.name and row.keep_ratio < 1:
-                # Of a layer that was pruned before the scan, nothing more goes at some sparsities.
+                # If the layer was pruned before the scan, several sparsities keep the same weights.
                 count = min(kept_count(layer.parameters, row.keep_ratio), layer.nonzeros)
                 points[count] = max(row.loss, points.get(count, base))
         weight = layers_by_name[layer.name].weight.detach()
@@ -256,7 +252,7 @@ def loss_curves(
 
 
 def measured_limits(limits: dict[str, Limits], curves: dict[str, Curve]) -> dict[str, Limits]:
-    """Limits that reach no further down than the curves; below them nothing is known."""
+    """Return the limits raised to where the curves begin, since no loss was measured below."""
     return {
         name: Limits(max(limit.least, min(limit.most, curves[name][0][0])), limit.most)
         for name, limit in limits.items()
@@ -264,18 +260,18 @@ def measured_limits(limits: dict[str, Limits], curves: dict[str, Curve]) -> dict
 
 
 def sensitivity(curves: dict[str, Curve], limits: dict[str, Limits], budget: int) -> dict[str, int]:
-    """What costs the least loss by a scan of each layer alone (Han et al., 2015, section 3.1).
+    """Minimize the loss predicted by a scan of each layer alone (Han et al., 2015, section 3.1).
 
-    The increases of the loss that the layers cause alone are taken to add up. As the curves are
-    convex, the sum is least when every weight goes where a curve is steepest.
+    The increases in loss are assumed to add up over the layers. The curves are convex, so giving each weight
+    to the layer with the steepest curve minimizes the sum.
 
     Args:
-        curves: as `loss_curves` gives them.
-        limits: of `measured_limits`.
-        budget: as `weight_budget` gives it.
+        curves: from `loss_curves`.
+        limits: from `measured_limits`.
+        budget: weights kept in all layers together, from `weight_budget`.
 
     Returns:
-        How many weights each layer keeps.
+        The number of weights to keep, by layer.
     """
     kept = {name: limit.least for name, limit in limits.items()}
     steps: dict[float, dict[str, int]] = {}
@@ -290,7 +286,7 @@ def sensitivity(curves: dict[str, Curve], limits: dict[str, Limits], budget: int
     for slope in sorted(steps, reverse=True):
         taken = steps[slope]
         if sum(taken.values()) > left:
-            # Layers of one slope share what is too little for all; above all those without an effect.
+            # Too few for all layers of this slope: they share the rest. Common where the curves are flat.
             taken = fill(taken, {name: Limits(0, weights) for name, weights in taken.items()}, left)
         for name, count in taken.items():
             kept[name] += count
@@ -306,15 +302,15 @@ def allocate(
     budget: int,
     curves: dict[str, Curve] | None = None,
 ) -> dict[str, int]:
-    """How many weights each layer keeps, by one of METHODS.
+    """Return how many weights each layer keeps by one of METHODS; they sum to the budget.
 
     Args:
         method: one of METHODS.
-        model: of float weights.
-        layers: statistics of the prunable layers.
-        limits: by layer.
-        budget: as `weight_budget` gives it; what comes back sums to it.
-        curves: for "sensitivity", as `loss_curves` gives them.
+        model: a float model.
+        layers: statistics of its prunable layers.
+        limits: by layer; for "sensitivity" from `measured_limits`.
+        budget: from `weight_budget`.
+        curves: from `loss_curves`, for "sensitivity" only.
     """
     match method:
         case "uniform":
@@ -332,14 +328,14 @@ def allocate(
 
 
 def fill(shares: Mapping[str, float], limits: dict[str, Limits], budget: int) -> dict[str, int]:
-    """Whole numbers in proportion to `shares`, within the limits, that sum to `budget`.
+    """Divide `budget` into integers proportional to `shares`, within the limits.
 
-    What a layer cannot take, or must have beyond its share, is made up by the others in proportion.
-    Fractions of a weight go to the layers that miss most of one.
+    Where a limit changes a layer's number, the others make up the difference in proportion. Fractions are
+    rounded by the largest-remainder method.
 
     Args:
-        shares: above 0.
-        limits: by the same names.
+        shares: positive numbers by layer.
+        limits: for the same layers.
         budget: between the sums of the limits.
     """
     share = np.array([shares[name] for name in limits], dtype=np.float64)
@@ -360,14 +356,14 @@ def fill(shares: Mapping[str, float], limits: dict[str, Limits], budget: int) ->
 
 
 def keep_largest(scores: dict[str, Tensor], limits: dict[str, Limits], budget: int) -> dict[str, int]:
-    """How many of the `budget` largest scores lie in each layer, within the limits.
+    """Return how many of the `budget` largest scores are in each layer, within the limits.
 
     Args:
-        scores: of the weights of each layer, in any shape; of equal ones the first is taken.
+        scores: of the weights of each layer, in any shape; the first of equal scores is taken.
         limits: by layer.
         budget: between the sums of the limits.
     """
-    # A layer keeps its largest in any case up to the one limit, and none beyond the other.
+    # A layer always keeps its `least` largest scores, and none after the first `most`.
     contested = [
         scores[name].detach().flatten().double().sort(descending=True).values[limit.least : limit.most]
         for name, limit in limits.items()
@@ -380,9 +376,9 @@ def keep_largest(scores: dict[str, Tensor], limits: dict[str, Limits], budget: i
 
 
 def shortest_keep_ratio(kept: int, total: int) -> float:
-    """The fraction of fewest decimals that keeps exactly `kept` of `total` weights.
+    """Return the fraction with the fewest decimals that keeps exactly `kept` of `total` weights.
 
-    It stays clear of the halves, where rounding could turn either way.
+    Fractions near a half weight, where rounding could go either way, are avoided.
     """
     for decimals in range(1, 18):
         ratio = round(kept / total, decimals)
@@ -392,15 +388,14 @@ def shortest_keep_ratio(kept: int, total: int) -> float:
 
 
 def _rising(points: dict[int, float]) -> Curve:
-    """The points in the order of rising counts, with no loss below one at a larger count."""
-    curve: Curve = []
-    for count in sorted(points, reverse=True):
-        curve.append((count, max(points[count], curve[-1][1]) if curve else points[count]))
-    return curve[::-1]
+    """Sort the points by count, and raise each loss to the largest at any higher count."""
+    counts = sorted(points, reverse=True)
+    losses = accumulate((points[count] for count in counts), max)
+    return list(zip(counts, losses, strict=True))[::-1]
 
 
 def _interpolated(curve: Curve, weight: Tensor) -> Curve:
-    """The curve with more points in between, its loss in line with the squares that are pruned."""
+    """Add points whose loss is linear in the sum of the squared pruned weights."""
     squares = np.sort(weight.double().square().flatten().numpy())
     pruned_by_count = np.append(0.0, squares.cumsum())[::-1]
     denser = []
@@ -415,7 +410,7 @@ def _interpolated(curve: Curve, weight: Tensor) -> Curve:
 
 
 def _convex(points: Curve) -> Curve:
-    """The lower hull of points in the order of rising counts, the loss falling or level throughout."""
+    """Return the lower convex hull of points sorted by count, whose loss never increases."""
     hull: Curve = []
     for x, y in points:
         while len(hull) > 1:

@@ -1,4 +1,4 @@
-"""The picture of a sensitivity scan."""
+"""Plot a sensitivity scan."""
 
 import os
 from collections.abc import Sequence
@@ -17,22 +17,23 @@ def plot_sensitivity(
     dense_accuracy_pct: float,
     threshold_pct: float,
 ) -> None:
-    """Accuracy against the fraction kept, a curve a layer, as a PNG.
+    """Write a PNG of accuracy against the fraction kept, with one curve per layer.
 
-    Layers of a kind share a panel and are coloured by depth; the most sensitive are named.
+    Layers of the same kind share a panel and are coloured by depth. The most sensitive ones are named.
 
     Args:
-        path: of the PNG.
-        rows: of a scan.
-        shapes: the weight's shape of each layer, in forward order.
-        dense_accuracy_pct: where every curve ends, with nothing pruned.
-        threshold_pct: drawn as a line.
+        path: the PNG to write.
+        rows: the measurements of a scan.
+        shapes: the shape of each layer's weight, in forward order.
+        dense_accuracy_pct: accuracy of the unpruned model, where every curve ends.
+        threshold_pct: accuracy that is drawn as a dashed line.
 
     Raises:
         UserError: the file cannot be written.
     """
-    # A Figure without pyplot needs no display and leaves nothing global behind.
+    # A Figure without pyplot needs no display and changes no global state.
     from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 8), layout="constrained")
@@ -65,14 +66,8 @@ def plot_sensitivity(
     )
     figure.supxlabel("sparsity: fraction of the layer's weights kept, all other layers whole")
     figure.supylabel("accuracy %")
-    scale = figure.colorbar(_depth_scale(), ax=list(axes.values()), shrink=0.6, label="layer")
+    scale = figure.colorbar(ScalarMappable(cmap="viridis"), ax=list(axes.values()), shrink=0.6, label="layer")
     scale.set_ticks([0, 1], labels=["first", "last"])
     with atomic_write(path) as temporary:
-        # The version in the file would make equal pictures differ.
+        # Matplotlib's version in the file would make equal pictures differ.
         figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
-
-
-def _depth_scale():
-    from matplotlib.cm import ScalarMappable
-
-    return ScalarMappable(cmap="viridis")

@@ -1,7 +1,4 @@
-"""Fine-grained magnitude pruning: which weights of each layer are kept, and keeping the rest at zero.
-
-Han et al., 2015 (https://arxiv.org/abs/1506.02626): the weights of smallest magnitude go first.
-"""
+"""Fine-grained magnitude pruning (Han et al., 2015, https://arxiv.org/abs/1506.02626)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,22 +11,22 @@ from utils.common.errors import UserError
 
 
 def kept_count(total: int, keep_ratio: float) -> int:
-    """How many of `total` weights stay; rounded as torch.nn.utils.prune rounds."""
+    """Return how many of `total` weights are kept, rounded as in torch.nn.utils.prune."""
     return total - round((1 - keep_ratio) * total)
 
 
 def magnitude_mask(weight: Tensor, keep_ratio: float, among: Tensor | None = None) -> Tensor:
-    """Mask of the `kept_count` weights of largest magnitude; True is kept.
+    """Return the mask of the `kept_count` weights of largest magnitude (True: kept).
 
-    Of weights of equal magnitude the first (in the order of `weight.flatten()`) are kept.
+    Among equal magnitudes, the first in the order of `weight.flatten()` are kept.
 
     Args:
-        weight: of any shape.
-        keep_ratio: fraction kept, in [0, 1].
-        among: mask of the same shape; what is False there goes before anything else.
+        weight: in any shape.
+        keep_ratio: fraction to keep, in [0, 1].
+        among: mask of the same shape; weights that are False there are pruned before all others.
 
     Raises:
-        ValueError: the weights hold NaN, which has no magnitude.
+        ValueError: the weights contain NaN.
     """
     magnitude = weight.detach().flatten().abs()
     if magnitude.isnan().any():
@@ -46,42 +43,40 @@ def magnitude_mask(weight: Tensor, keep_ratio: float, among: Tensor | None = Non
 class CubicRamp:
     """Gradual pruning (Zhu & Gupta, 2017, https://arxiv.org/abs/1710.01878, equation 1).
 
-    The fraction pruned grows from what it is to its target over `steps` optimizer steps, fast at
-    first, while there is much to spare, and ever slower; masks are renewed every `every` steps.
+    The fraction pruned grows to its target over `steps` optimizer steps, fast at first, while many weights
+    are redundant, then ever more slowly. Masks are recomputed every `every` steps.
     """
 
     steps: int
     every: int
 
     def keep_ratio(self, target: float, step: int, initial: float = 1.0) -> float:
-        """The fraction kept after `step` steps, `initial` at the start and `target` at the end."""
+        """Return the fraction kept after `step` steps, from `initial` at the start to `target` at the end."""
         if step >= self.steps or initial <= target:
             return target
         return target + (initial - target) * (1 - step / self.steps) ** 3
 
     def is_due(self, step: int) -> bool:
-        """Whether masks are renewed after `step` steps."""
+        """Return whether to recompute the masks after `step` steps."""
         return step == self.steps or (step < self.steps and step % self.every == 0)
 
 
 class FineGrainedPruner:
-    """Keeps the weights of largest magnitude in each layer, and all others at exactly zero.
+    """Keeps the weights of largest magnitude in each layer and holds all others at exactly zero.
 
-    Whatever an optimizer does to a pruned weight (momentum, weight decay), `step` undoes; `apply`
-    does the same to a copy of the model, such as its moving average. Its state belongs in a
-    training run's checkpoint.
+    `step` undoes what the optimizer did to a pruned weight (momentum, weight decay). `apply` also prunes a
+    copy of the model, such as its moving average. The state belongs in the checkpoint of a training run.
 
     Args:
-        model: of float32 weights, which are pruned by `apply` and `step`, not yet by making the pruner.
-        keep_ratios: fraction of the weights that are kept, by layer; a layer that is not named is
-            not touched.
-        ramp: renews the masks while the model trains; without it they are final at once. A model that
-            is pruned already keeps its zeros, unless a layer has more than its ratio asks for.
+        model: a float32 model. `apply` and `step` prune its weights; creating the pruner does not.
+        keep_ratios: fraction of the weights to keep, by layer. Layers that are not named are left alone.
+        ramp: recomputes the masks during training; without it they are final from the start. A model that
+            is already pruned keeps its zeros, unless a layer has more than its ratio asks for.
 
     Raises:
         KeyError: a layer is not one of the model's convolutions and linear layers.
         ValueError: a ratio is outside [0, 1].
-        UserError: weights are NaN.
+        UserError: a weight is NaN.
     """
 
     def __init__(
@@ -107,7 +102,7 @@ class FineGrainedPruner:
 
     @classmethod
     def from_zeros(cls, model: nn.Module) -> "FineGrainedPruner":
-        """A pruner that keeps the zeros that a pruned model already has."""
+        """Return a pruner that keeps the zeros of a model that is already pruned."""
         layers = prunable_layers(model)
         pruner = cls(model, {})
         pruner._set_masks({name: layer.weight.detach() != 0 for name, layer in layers.items()})
@@ -116,26 +111,26 @@ class FineGrainedPruner:
 
     @torch.no_grad()
     def apply(self, model: nn.Module | None = None) -> None:
-        """Set the pruned weights of the model, or of another with layers of these names, to +0.0."""
+        """Set the pruned weights to +0.0, in the model or in another with layers of the same names."""
         model = self.model if model is None else model
         for name, bits in self._bits.items():
-            # A product with the mask would leave -1.0 * 0 = -0.0 and NaN * 0 = NaN. Cleared bits are
-            # +0.0 whatever stood there, and much faster than masked_fill_.
+            # Multiplying by the mask would give -1.0 * 0 = -0.0 and NaN * 0 = NaN. Clearing all bits always
+            # gives +0.0 and is much faster than masked_fill_.
             model.get_parameter(f"{name}.weight").view(torch.int32).bitwise_and_(bits)
 
     def step(self) -> None:
-        """Call after each optimizer step: renew the masks if the ramp says so, and apply them."""
+        """Recompute the masks if they are due and apply them; call this after each optimizer step."""
         self.steps += 1
         if self.ramp is not None and self.ramp.is_due(self.steps):
             self._renew_masks()
         self.apply()
 
     def kept(self) -> dict[str, int]:
-        """How many weights each layer keeps now."""
+        """Return how many weights each layer keeps now."""
         return {name: int(mask.sum()) for name, mask in self.masks.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps, masks, and where the ramp starts and ends."""
+        """Return the step count, the masks, and where the ramp starts and ends."""
         return {
             "steps": self.steps,
             "masks": dict(self.masks),
@@ -144,15 +139,15 @@ class FineGrainedPruner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict` of a pruner with the same targets.
+        """Restore the `state_dict` of a pruner with the same targets.
 
         Raises:
-            UserError: the targets are others.
+            UserError: the targets differ.
             ValueError: the masks are those of another model.
         """
         if state["keep_ratios"] != self.keep_ratios:
             raise UserError(
-                "the kept fractions of the layers are not those that the run began with: "
+                "the fractions to keep differ from those that the run began with: "
                 "give the same --sparsity_dict, or start again with --force"
             )
         masks = state["masks"]
@@ -180,6 +175,6 @@ class FineGrainedPruner:
         for name, mask in masks.items():
             weight = self.model.get_parameter(f"{name}.weight")
             self.masks[name] = mask = mask.to(weight.device)
-            # All bits of a kept weight, none of a pruned one; laid out in memory as the weight is.
+            # All bits set for a kept weight, none for a pruned one; same memory format as the weight.
             bits = torch.zeros_like(weight, dtype=torch.int32)
             self._bits[name] = bits.masked_fill_(mask, -1)

@@ -35,12 +35,12 @@ MADE_BY = "scripts/sensitivity_scan.py"
 LOSS_DECIMALS = 4
 
 Point = tuple[str, float]
-"""A layer and the fraction of its weights that is kept while all other layers are whole."""
+"""A layer and the fraction of its weights that is kept, while no other layer is pruned."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A row: the accuracy and loss of the model with one layer pruned."""
+    """One row of the log: the accuracy and loss of the model with one layer pruned."""
 
     layer: str
     keep_ratio: float
@@ -50,7 +50,7 @@ class Measurement:
 
     @property
     def accuracy_pct(self) -> float:
-        """Right answers in percent."""
+        """Return the accuracy in percent."""
         return 100 * self.correct / self.total
 
 
@@ -65,15 +65,15 @@ def recommend(keep_ratios: Sequence[float], accuracies_pct: Sequence[float], thr
 
 
 class ScanningLog:
-    """The rows of one scan, in the order of its plan, on disk as soon as they are measured.
+    """The rows of one scan in the order of its plan, each written to disk as soon as it is measured.
 
-    Every process of a run over several holds them; the main one reads and writes the file.
+    Under torchrun every process holds the rows, and only the main one writes the file.
 
     Args:
-        path: of the CSV.
-        plan: what the scan measures.
-        threshold_pct: accuracy in percent that a recommended sparsity keeps.
-        scan_id: as `scan_id` gives it.
+        path: the CSV.
+        plan: the points that the scan measures.
+        threshold_pct: accuracy in percent that a recommended sparsity must reach.
+        scan_id: from `sensitivity.scan_id`.
         descriptions: the cells of READ_ONLY_COLUMNS by layer.
     """
 
@@ -93,18 +93,18 @@ class ScanningLog:
         self.rows: list[Measurement] = []
 
     def start(self) -> None:
-        """Write the header, and the rows that `load` found; what stood in the file is replaced."""
+        """Replace the file by one with the header and the rows so far."""
         if distributed.is_main():
             write_csv(self.path, COLUMNS, [self._cells(index) for index in range(len(self.rows))])
 
     def load(self) -> None:
-        """Take the rows of the same scan from the file; a last line that was cut off is left out.
+        """Read the rows of an interrupted scan, without a last line that was cut off.
 
         Raises:
-            UserError: the file is no log, or that of another scan.
+            UserError: the file is not a log, or is the log of another scan.
         """
         text = read_text(self.path, "scanning log")
-        # A row counts once its line has ended: a kill may leave half of one.
+        # Only complete lines count: a killed process may leave half of one.
         whole = text[: text.rfind("\n") + 1]
         try:
             if not whole.strip():
@@ -128,10 +128,11 @@ class ScanningLog:
             )
 
     def append(self, evaluation: "Evaluation") -> Measurement:
-        """Write the result of the next point of the plan.
+        """Write the result of the next point of the plan and return its row.
 
         Raises:
-            UserError: the disk is full or the like; the rows before are whole.
+            UserError: the row could not be written, for example because the disk is full; earlier rows are
+                complete.
         """
         name, keep_ratio = self.plan[len(self.rows)]
         loss = round(evaluation.loss, LOSS_DECIMALS)
@@ -151,11 +152,11 @@ class ScanningLog:
         return self.rows[-1]
 
     def of_layer(self, name: str) -> list[Measurement]:
-        """The rows of a layer so far."""
+        """Return the rows of a layer so far."""
         return [row for row in self.rows if row.layer == name]
 
     def recommended(self) -> dict[str, float]:
-        """The recommended sparsity of each layer that is measured."""
+        """Return the recommended sparsity of each layer measured so far."""
         names = dict.fromkeys(row.layer for row in self.rows)
         return {name: self._recommended(self.of_layer(name)) for name in names}
 
@@ -170,7 +171,7 @@ class ScanningLog:
         return [*measured, self._mark(index), *self.descriptions[row.layer], self.scan_id]
 
     def _mark(self, index: int) -> object:
-        # Levels rise, so the first that passes is the smallest, and known as soon as it is measured.
+        # Sparsities increase, so the first that passes is the smallest and can be marked at once.
         row = self.rows[index]
         before = [other for other in self.rows[:index] if other.layer == row.layer]
         if self._recommended(before) < 1:
@@ -182,16 +183,16 @@ class ScanningLog:
 
 
 def read_recommended(path: str | os.PathLike) -> tuple[dict[str, float], dict[str, Sequence[object]]]:
-    """The recommended sparsity and the READ_ONLY_COLUMNS of each layer, from a finished scan.
+    """Return the recommended sparsity and the READ_ONLY_COLUMNS of each layer from a finished scan.
 
     Raises:
-        UserError: the file is no scanning log, the scan was not finished, or its marks are not one
-            a layer.
+        UserError: the file is not a scanning log, the scan is unfinished, or a layer does not have exactly
+            one recommended sparsity.
     """
     with torch.device("meta"):
         layers = list(prunable_layers(MobileNetV2(width_mult=0.1)))
     rows = read_csv(path, "scanning log", COLUMNS, MADE_BY, ALIASES)
-    measured: dict[Point, Row] = {}
+    measured: set[Point] = set()
     recommended: dict[str, float] = {}
     for row in rows:
         measurement = _measurement(row)
@@ -200,7 +201,7 @@ def read_recommended(path: str | os.PathLike) -> tuple[dict[str, float], dict[st
             raise row.error("layer", f"the model has no layer {name!r}{suggest(name, layers)}")
         if point in measured:
             raise row.error("layer", f"{name} at sparsity {row['sparsity']} is there already: remove one row")
-        measured[point] = row
+        measured.add(point)
         if row["recommended_sparsity"]:
             if name in recommended:
                 raise row.error("recommended_sparsity", f"{name} has one already: leave one of the two")
@@ -233,15 +234,15 @@ def _measurement(row: Row) -> Measurement:
 def read_measurements(
     path: str | os.PathLike, descriptions: dict[str, Sequence[object]]
 ) -> list[Measurement]:
-    """All rows of a finished scan at several sparsities.
+    """Return all rows of a finished scan at two or more sparsities below 1.
 
     Args:
-        path: of the CSV.
-        descriptions: of the model's layers, as `describe_layers` gives them.
+        path: the CSV.
+        descriptions: of the model's layers, from `describe_layers`.
 
     Raises:
-        UserError: as `read_recommended`, or the shapes are those of another model, or there are not
-            two sparsities below 1.
+        UserError: as in `read_recommended`, or the shapes are those of another model, or there are fewer
+            than two sparsities below 1.
     """
     _, found = read_recommended(path)
     for name, (shape, *_) in found.items():

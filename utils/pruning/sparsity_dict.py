@@ -1,4 +1,4 @@
-"""The CSV that says how much of each layer is kept; people edit it by hand.
+"""The CSV that says how much of each layer to keep; it is made to be edited by hand.
 
 Its column `sparsity` is the fraction of the layer's weights that are KEPT: 1.0 is not pruned, 0.0
 prunes all of the layer. The code calls this number keep_ratio, and a file may name its column so too.
@@ -13,26 +13,26 @@ from utils.common.errors import UserError
 
 COLUMNS = ("layer", "sparsity")
 ALIASES = {"keep_ratio": "sparsity"}
-# For the person who decides; reading ignores them.
+# They help a person decide and are ignored by the reader.
 READ_ONLY_COLUMNS = ("shape", "parameters", "macs")
 MEANING = "sparsity is the fraction of weights KEPT: 1.0 is not pruned, 0.0 prunes all of the layer"
 MADE_BY = "scripts/generate_sparsity_dict_template.py"
 
 
 def describe_layers(layers: Iterable[LayerStatistics]) -> dict[str, Sequence[object]]:
-    """The cells of READ_ONLY_COLUMNS by layer; shape 32x3x3x3 is 32 filters of 3 channels of 3x3."""
+    """Return the cells of READ_ONLY_COLUMNS by layer; shape 32x3x3x3 is 32 filters of 3x3 over 3 channels."""
     return {layer.name: ("x".join(map(str, layer.shape)), layer.parameters, layer.macs) for layer in layers}
 
 
 def write_sparsity_dict(
     path: str | os.PathLike, keep_ratios: dict[str, float], descriptions: dict[str, Sequence[object]]
 ) -> None:
-    """Write a row a layer, in the order of `keep_ratios`.
+    """Write one row per layer, in the order of `keep_ratios`.
 
     Args:
-        path: of the CSV.
-        keep_ratios: by layer, in forward order.
-        descriptions: as `describe_layers` gives them.
+        path: the CSV to write.
+        keep_ratios: fraction to keep by layer, in forward order.
+        descriptions: from `describe_layers`.
 
     Raises:
         UserError: the file cannot be written.
@@ -42,11 +42,11 @@ def write_sparsity_dict(
 
 
 def read_sparsity_dict(path: str | os.PathLike, layers: Collection[str]) -> dict[str, float]:
-    """The keep ratio of each of `layers`, in their order.
+    """Return the fraction to keep of each of `layers`, in their order.
 
     Raises:
-        UserError: the file is no such table, a layer is unknown, missing or there twice, or a
-            value is no number from 0 to 1.
+        UserError: the file is not such a table, a layer is unknown, missing or listed twice, or a value
+            is not a number from 0 to 1.
     """
     lines: dict[str, int] = {}
     keep_ratios: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""What is printed about a pruned model: each layer's weights, the density, and the accuracies."""
+"""Format what is printed about a pruned model: weights per layer, density, accuracies."""
 
 from models.statistics import ModelStatistics
 from utils.common.tables import format_table
@@ -8,7 +8,7 @@ from utils.pruning.pruner import FineGrainedPruner
 
 def format_layers(pruner: FineGrainedPruner) -> str:
     """Return a table of the kept and total weights of each layer."""
-    rows = [(name, int(mask.sum()), mask.numel()) for name, mask in pruner.masks.items()]
+    rows = [(name, kept, pruner.masks[name].numel()) for name, kept in pruner.kept().items()]
     rows.append(("all layers", sum(row[1] for row in rows), sum(row[2] for row in rows)))
     return format_table(
         ["layer", "kept", "total", "sparsity (kept)"],
@@ -17,7 +17,7 @@ def format_layers(pruner: FineGrainedPruner) -> str:
 
 
 def format_density(statistics: ModelStatistics) -> str:
-    """Return one line on the nonzero share of all parameters of the model."""
+    """Return one line about the fraction of all parameters that are nonzero."""
     return (
         f"density {100 * statistics.density:.2f} % "
         f"({statistics.nonzeros} of {statistics.parameters} parameters are not zero): "
@@ -26,7 +26,7 @@ def format_density(statistics: ModelStatistics) -> str:
 
 
 def format_accuracies(results: dict[str, Evaluation]) -> str:
-    """Return a table of the test accuracy of each model by name, and its change from the first."""
+    """Return a table of the test accuracy of each model and its change from the first model."""
     first = next(iter(results.values()))
     return format_table(
         ["model", "test %", "change", "correct", "images", "loss"],
