@@ -106,8 +106,8 @@ def recover(
 ) -> tuple[nn.Module, Progress]:
     """Prune and train, with pruned weights held at zero; return the model of the best epoch."""
     model = weights.model
-    if device_of(model).type == "cpu":
-        use_fast_layers(model, kernels=not args.compile)
+    if device_of(model).type == "cpu" and not args.compile:
+        use_fast_layers(model)
     loader = training_loader(data, weights.normalization, args)
     ramp = CubicRamp(ramp_epochs(args) * len(loader), args.prune_every) if ramp_epochs(args) else None
     pruner = FineGrainedPruner(model, keep_ratios, ramp)

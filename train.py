@@ -142,8 +142,8 @@ def main(args: argparse.Namespace) -> None:
     model = weights.model.to(device)
     teacher = open_teacher(args.teacher, weights, device)
     # On ResNet-18 the fast layers gain nothing.
-    if device.type == "cpu" and args.model == "mobilenetv2":
-        use_fast_layers(model, kernels=not args.compile)
+    if device.type == "cpu" and args.model == "mobilenetv2" and not args.compile:
+        use_fast_layers(model)
     average = ExponentialMovingAverage(model, args.ema) if args.ema else None
 
     trained = [model, average.module] if average else [model]

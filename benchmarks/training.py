@@ -122,7 +122,8 @@ class OurLoop:
         runtime.keep_freed_memory()
         self.amp = amp
         self.model = MobileNetV2(output_stride=case.output_stride).to(memory_format=torch.channels_last)
-        use_fast_layers(self.model, kernels)
+        if kernels:
+            use_fast_layers(self.model)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=LR, momentum=MOMENTUM, nesterov=True, fused=True
         )

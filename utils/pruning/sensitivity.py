@@ -72,12 +72,15 @@ def measure(model: MobileNetV2, batches: Loader, plan: Sequence[Point]) -> Itera
     is_limited = batches.drop_last or batches.limit is not None
     if batches.shuffle or batches.sharded or is_limited or batches.augment != "none":
         raise ValueError("the batches are not those of a whole split in its order")
+    folded = fold_batch_norms(model)
+    network = nn.Sequential(*folded.features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *folded.classifier)
+    model = copy.deepcopy(model).eval()
     blocks = [list(points) for _, points in groupby(plan, key=lambda point: point[0].split(".")[:2])]
     # Neighbours cost about the same, so no process waits long for the others.
     for first in range(0, len(blocks), distributed.world_size()):
         evaluations: list[Evaluation] = []
         for points in blocks[first:][distributed.rank() : distributed.rank() + 1]:
-            evaluations = _evaluate_block(model, batches, points)
+            evaluations = _evaluate_block(model, network, batches, points)
         for of_process in distributed.gather(evaluations):
             yield from of_process
 
@@ -92,13 +95,19 @@ def evaluate_with_pruned_layer(
 
 
 @torch.inference_mode()
-def _evaluate_block(model: MobileNetV2, batches: Loader, points: Sequence[Point]) -> list[Evaluation]:
-    """Evaluate the model at each of `points`, whose layers are in one block."""
-    folded = fold_batch_norms(model)
-    network = nn.Sequential(*folded.features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *folded.classifier)
+def _evaluate_block(
+    model: MobileNetV2, network: nn.Sequential, batches: Loader, points: Sequence[Point]
+) -> list[Evaluation]:
+    """Evaluate the model at each of `points`, whose layers are in one block.
+
+    Args:
+        model: in eval mode.
+        network: the same with its batch norms folded, one module per block.
+        batches: of the whole split.
+        points: to evaluate.
+    """
     index = len(network) - 1 if points[0][0].startswith("classifier") else int(points[0][0].split(".")[1])
-    plain = copy.deepcopy(model).eval()
-    pruned = [_PrunedLayer(plain, network[index:], index, *point) for point in points]
+    pruned = [_PrunedLayer(model, network[index:], index, *point) for point in points]
     for images, labels in on_device(batches, device_of(model)):
         chunks = [network[:index](chunk) for chunk in images.split(CHUNK)]
         for layer in pruned:

@@ -15,16 +15,12 @@ from utils.training.parallel import SynchronizedBatchNorm2d
 from utils.training.recast import recast
 
 
-def use_fast_layers(model: nn.Module, kernels: bool = True) -> None:
+def use_fast_layers(model: nn.Module) -> None:
     """Let the layers of `model` train fast on a CPU, if a C++ compiler builds our kernels.
 
-    Parameters, state_dict, and what is computed stay as they are; only training is affected.
-
-    Args:
-        kernels: False leaves the model as it is, for torch.compile, which does not know the kernels.
+    Parameters, state_dict, and what is computed stay as they are; only training is affected. Not for
+    torch.compile, which does not know the kernels.
     """
-    if not kernels:
-        return
     # The processes of a run exchange sums in an order that is not the same without kernels.
     if all(distributed.gather(training_kernels.available())):
         recast(model, _fast_form)
