@@ -175,13 +175,6 @@ def test_weights_that_are_nan_behind_a_layer_are_no_reason_to_differ():
     assert evaluations[0].correct_by_class == plain.correct_by_class
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_the_size_of_a_chunk_changes_nothing(monkeypatch, chunk):
-    model, batches = learned_model()
-    monkeypatch.setattr(sensitivity, "CHUNK", chunk)
-    assert_scan_as_plain(model, batches, scan_plan(model, [0.5])[::9])
-
-
 @pytest.mark.parametrize(
     "other", [{"shuffle": True}, {"limit": 1}, {"drop_last": True}, {"augment": "flip"}, {"sharded": True}]
 )

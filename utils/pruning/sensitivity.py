@@ -31,8 +31,6 @@ from utils.evaluation import Evaluation, evaluate
 from utils.pruning.pruner import FineGrainedPruner
 from utils.pruning.scanning_log import LOSS_DECIMALS, Point
 
-CHUNK = 64
-"""Images that run through a block at a time, so that the activations between its layers stay in the cache."""
 PROBES = 32
 MARGIN_SAFETY = 8.0
 """How many times the largest difference on the probes two logits are apart for their order to be sure."""
@@ -109,9 +107,9 @@ def _evaluate_block(
     index = len(network) - 1 if points[0][0].startswith("classifier") else int(points[0][0].split(".")[1])
     pruned = [_PrunedLayer(model, network[index:], index, *point) for point in points]
     for images, labels in on_device(batches, device_of(model)):
-        chunks = [network[:index](chunk) for chunk in images.split(CHUNK)]
+        entering = network[:index](images)
         for layer in pruned:
-            layer.add(images, chunks, labels)
+            layer.add(images, entering, labels)
     return [
         layer.evaluation() or evaluate_with_pruned_layer(model, batches, *point)
         for point, layer in zip(points, pruned, strict=True)
@@ -141,15 +139,15 @@ class _PrunedLayer:
         self.answers: list[tuple[Tensor, Tensor]] = []
         self.differences = torch.zeros(0)
 
-    def add(self, images: Tensor, entering: Sequence[Tensor], labels: Tensor) -> None:
+    def add(self, images: Tensor, entering: Tensor, labels: Tensor) -> None:
         """Classify a batch.
 
         Args:
             images: (N, 3, H, W).
-            entering: what enters the block for these images, in chunks.
+            entering: what enters the block for these images.
             labels: (N,).
         """
-        logits = torch.cat([functional_call(self.suffix, self.folded_weight, (x,)) for x in entering])
+        logits = functional_call(self.suffix, self.folded_weight, (entering,))
         if not len(self.differences):
             own = self._own_logits(images[:PROBES])
             # Some may agree by chance, and a logit has no more digits than these.
