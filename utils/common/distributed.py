@@ -23,7 +23,7 @@ SIGNS_OF_A_LOST_PROCESS = ("gloo", "Connection closed", "Connection reset", "NCC
 
 def launched() -> bool:
     """Return whether torchrun started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return _environment_number("WORLD_SIZE", 1) > 1
 
 
 def start() -> None:
@@ -50,7 +50,14 @@ def rank() -> int:
 
 def local_rank() -> int:
     """Return the rank of this process on its machine, from 0."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _environment_number("LOCAL_RANK", 0)
+
+
+def _environment_number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"the environment variable {name} is {text!r}, not a whole number: unset it")
+    return int(text)
 
 
 def world_size() -> int:

@@ -1,5 +1,7 @@
 """The one kind of error that the user can fix, and how a script ends because of it."""
 
+import errno
+import io
 import os
 import signal
 import sys
@@ -16,7 +18,12 @@ class UserError(Exception):
 
 def one_line(text: object) -> str:
     """Return a message that may have several lines as a single line."""
-    return " ".join(str(text).split())
+    return printable(" ".join(str(text).split()))
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal would act on: names in files may hold any character."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -26,6 +33,7 @@ def run(main: Callable[[], None]) -> None:
     the message names the checkpoint.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _make_streams_safe()
     try:
         main()
         sys.stdout.flush()
@@ -36,12 +44,36 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         # The reader (`| head`) has gone. Discard what is still in the buffer: otherwise the interpreter
         # reports the same error again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         sys.exit(1)
+    except OSError as error:
+        if not _is_stdout_full(error):
+            raise
+        _discard_stdout()
+        _end(f"error: what is printed cannot be written ({error.strerror}): make room", EXIT_BAD_INPUT)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
             raise
         _end("error: out of memory: give a smaller --batch_size or --image_size", EXIT_BAD_INPUT)
+
+
+def _make_streams_safe() -> None:
+    """Let no closed stream and no character that a terminal cannot show end a script after its work."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller (`>&-`)
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  stays open until the process ends
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _is_stdout_full(error: OSError) -> bool:
+    # Files are written by atomic_write, which turns its errors into UserErrors.
+    return error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
+def _discard_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _end(message: str, code: int) -> NoReturn:

@@ -1,11 +1,16 @@
-"""Atomic writes, and checks of input and output paths."""
+"""Atomic writes, locks, and checks of input and output paths."""
 
+import atexit
+import errno
+import hashlib
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -56,16 +61,107 @@ def check_output(path: str | os.PathLike, *, force: bool) -> Path:
             raise UserError(f"{path} is not a regular file: give the name of a file to write")
         if path.exists() and not force:
             raise UserError(f"{path} exists: give --force to overwrite it, or another name")
-        temporary = _temporary_beside(path)
-        temporary.parent.mkdir(parents=True, exist_ok=True)
+        target = Path(os.path.realpath(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_temporaries_of_killed_runs(target)
         # Permission bits do not say everything (read-only mounts, root), so create a file to find out.
-        temporary.touch()
-        temporary.unlink()
+        _create_temporary(target).unlink()
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror or error}): give the name of a file that can be"
         ) from error
     return path
+
+
+Paths = Mapping[str, str | os.PathLike | Iterable[str | os.PathLike] | None]
+"""Paths by the flag that gave them; None where the flag was not given."""
+
+
+def check_outputs(outputs: Paths, inputs: Paths, *, force: bool) -> None:
+    """Check every output of a script before its work starts, and that none is an input or another output.
+
+    Raises:
+        UserError: as `check_output`, or two flags name the same file.
+    """
+    seen: dict[Path, str] = {}
+    for flag, path in [*_one_by_one(inputs), *_one_by_one(outputs)]:
+        file = Path(os.path.realpath(path))
+        is_output = flag in outputs
+        if is_output and file in seen:
+            raise UserError(f"{flag} and {seen[file]} both name the file {path}: give another name")
+        seen[file] = flag
+        if is_output:
+            check_output(path, force=force)
+
+
+def _one_by_one(paths: Paths) -> Iterator[tuple[str, str | os.PathLike]]:
+    for flag, given in paths.items():
+        several = [given] if isinstance(given, str | os.PathLike) else given or []
+        yield from ((flag, path) for path in several)
+
+
+_locks: dict[Path, IO[str]] = {}
+"""The lock files that this process holds, by what they lock."""
+
+
+def lock(output: str | os.PathLike) -> None:
+    """Lock an output against other runs that would write it, until `unlock` or the end of the process.
+
+    The lock is the system's (flock), so that of a killed run is void. Only the main process of a
+    distributed run takes one; where there is no flock, nothing is locked.
+
+    Raises:
+        UserError: another process holds the lock.
+    """
+    target = Path(os.path.realpath(output))
+    if target in _locks or not is_main():
+        return
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    path = target.with_name(f".{target.name}.lock")
+    try:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"process {file.read().strip()} is writing {output}: wait until it ends, or give another name"
+        ) from error
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
+            return
+        raise UserError(f"{path} cannot be locked ({error.strerror}): remove it") from error
+    if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        # The process that held the lock has removed the file since it was opened here.
+        file.close()
+        lock(output)
+        return
+    file.truncate(0)
+    print(os.getpid(), file=file, flush=True)
+    if not _locks:
+        atexit.register(_unlock_all)
+    _locks[target] = file
+
+
+def unlock(output: str | os.PathLike) -> None:
+    """Release the lock of an output, if this process holds one."""
+    target = Path(os.path.realpath(output))
+    file = _locks.pop(target, None)
+    if file:
+        # Removed while it is still locked, so that it cannot be the next run's.
+        target.with_name(f".{target.name}.lock").unlink(missing_ok=True)
+        file.close()
+
+
+def _unlock_all() -> None:
+    for target in list(_locks):
+        unlock(target)
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal digits."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 @contextmanager
@@ -78,15 +174,18 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     Raises:
         UserError: the disk is full or the folder is not writable; the old file is left intact.
     """
-    temporary = _temporary_beside(path)
+    target = Path(os.path.realpath(path))
+    try:
+        temporary = _create_temporary(target)
+    except OSError as error:
+        raise _could_not_write(path, error.strerror or str(error)) from error
     try:
         yield temporary
         if not is_main():
             return
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        target = os.path.realpath(path)
-        if os.path.exists(target):
+        if target.exists():
             shutil.copymode(target, temporary)
         os.replace(temporary, target)
     except OSError as error:
@@ -111,9 +210,29 @@ def save_torch(path: str | os.PathLike, content: Any) -> None:
         torch.save(content, file)
 
 
-def _temporary_beside(path: str | os.PathLike) -> Path:
-    target = Path(os.path.realpath(path))
-    return target.with_name(f".{target.name}.{os.getpid()}.tmp")
+def _create_temporary(target: Path) -> Path:
+    """Create an empty file beside `target`, under a name that nobody can have prepared a link for."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    return temporary
+
+
+def _remove_temporaries_of_killed_runs(target: Path) -> None:
+    name = re.compile(rf"\.{re.escape(target.name)}\.(\d+)(-\w+)?\.tmp")
+    for path in target.parent.iterdir():
+        found = name.fullmatch(path.name)
+        if found and not _is_running(int(found[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _could_not_write(path: str | os.PathLike, reason: str) -> UserError:

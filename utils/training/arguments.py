@@ -1,7 +1,9 @@
 """The flags of training, and what is made of them: the one place where a Run is assembled."""
 
+import hashlib
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import nn
 
 from utils.common import cli, distributed, runtime
 from utils.common.devices import DEVICES, add_device_argument, choose_device
+from utils.common.files import sha256, unlock
 from utils.data.augmentation import AUGMENTATIONS
 from utils.data.datasets import ImageData, Normalization
 from utils.data.loader import Loader
@@ -19,6 +22,9 @@ from utils.training.distillation import distillation
 from utils.training.loop import LossFunction, Run, ValAccuracy, cross_entropy
 from utils.training.optimization import MUON_LR, OPTIMIZERS, SCHEDULERS, build_optimizer, build_scheduler
 from utils.training.precision import check_amp
+
+READ = ("weights", "teacher", "sparsity_dict")
+"""The flags of training scripts that name files to read."""
 
 
 def add_training_arguments(
@@ -129,8 +135,7 @@ def start_training(args: Namespace, devices: Sequence[str] = DEVICES) -> torch.d
     """
     runtime.set_up(args.seed, args.threads, parallel=True)
     distributed.check_batch_size(args.batch_size)
-    _run_config(args).check_files()
-    runtime.check_record(args)
+    _run_config(args).check_files(args.record, {f"--{name}": getattr(args, name, None) for name in READ})
     # No process writes before all have looked.
     distributed.barrier()
     device = choose_device(args, devices)
@@ -179,7 +184,7 @@ def build_run(
     """
     optimizer = build_optimizer(model, args.optimizer, args.lr, args.weight_decay, args.muon_lr, args.amp)
     return Run(
-        config=_run_config(args),
+        config=replace(_run_config(args), inputs=_inputs(loader, args)),
         model=model,
         loader=loader,
         optimizer=optimizer,
@@ -198,10 +203,23 @@ def finish_training(args: Namespace, progress: Progress, results: dict[str, Any]
     if args.record:
         runtime.write_record(args.record, args, {**results, "history": progress.rows()})
     _run_config(args).checkpoint.unlink(missing_ok=True)
+    unlock(args.output)
 
 
 def _run_config(args: Namespace) -> RunConfig:
     return RunConfig(Path(args.output), args.resume, args.force, args.seed, runtime.plain(args))
+
+
+def _inputs(loader: Loader, args: Namespace) -> dict[str, str]:
+    split = hashlib.sha256()
+    for tensor in (loader.split.images, loader.split.labels):
+        split.update(tensor.contiguous().numpy().data)
+    inputs = {"training images": split.hexdigest()}
+    for name in READ:
+        given = getattr(args, name, None)
+        for path in [given] if isinstance(given, str) else given or []:
+            inputs[f"--{name} {path}"] = sha256(path)
+    return inputs
 
 
 def _loss_function(teacher: nn.Module | None, args: Namespace) -> LossFunction:

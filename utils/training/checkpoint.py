@@ -6,9 +6,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from utils.checkpoints.weights import read_pickle
 from utils.common.errors import UserError
-from utils.common.files import atomic_write, check_output, save_torch
+from utils.common.files import Paths, atomic_write, check_outputs, lock, save_torch
 
 CHECKPOINT_FORMAT = "mobilenetv2-checkpoint"
 # The outcome of a run depends on these by float rounding at most (a GPU draws its own dropout), so a
@@ -37,6 +39,7 @@ class RunConfig:
         seed: of shuffling, augmentation and dropout.
         flags: plain values by name; a resumed run must have those of its checkpoint, except for
             FREE_TO_CHANGE.
+        inputs: fingerprints of the images and files that the run reads, by what they are.
     """
 
     output: Path
@@ -44,6 +47,7 @@ class RunConfig:
     force: bool
     seed: int
     flags: dict[str, Any]
+    inputs: dict[str, str] = field(default_factory=dict)
 
     @property
     def checkpoint(self) -> Path:
@@ -53,15 +57,22 @@ class RunConfig:
     @property
     def history(self) -> Path:
         """Where the run writes its epoch table as CSV."""
-        return self.output.with_name(f"{self.output.stem}.history.csv")
+        return self.output.with_name(f"{_stem(self.output)}.history.csv")
 
-    def check_files(self) -> None:
-        """Check the output and the checkpoint before the work starts.
+    def check_files(self, record: str | os.PathLike | None, read: Paths) -> None:
+        """Lock the output, and check the files before the work starts.
+
+        Args:
+            record: file for the measured numbers, if they are wanted.
+            read: the files that the run reads, by flag.
 
         Raises:
-            UserError: the output cannot be written, files exist and `force` is off, or there is
-                nothing to resume.
+            UserError: a file cannot be written or exists and `force` is off, two flags name the same
+                file, another run writes the output, or there is nothing to resume.
         """
+        overwrite = self.force or self.resume
+        check_outputs({"--output": self.output}, {}, force=overwrite)
+        lock(self.output)
         if self.resume and not self.checkpoint.is_file():
             raise UserError(f"--resume finds no checkpoint {self.checkpoint}: start the run without it")
         if not self.resume and not self.force and self.checkpoint.exists():
@@ -69,13 +80,21 @@ class RunConfig:
                 f"{self.checkpoint} is from an interrupted run: give --resume to go on with it, "
                 "or --force to start again"
             )
-        check_output(self.output, force=self.force or self.resume)
+        written = {"--output": self.output, "the history": self.history, "the checkpoint": self.checkpoint}
+        check_outputs(written, {"--record": record, **read}, force=overwrite)
+        # A resumed run has not written its record yet.
+        check_outputs({"--record": record}, read, force=self.force)
 
 
 def checkpoint_path(output: str | os.PathLike) -> Path:
     """Return where the run that writes `output` keeps its checkpoint."""
     output = Path(output)
-    return output.with_name(f"{output.stem}.checkpoint.pth")
+    return output.with_name(f"{_stem(output)}.checkpoint.pth")
+
+
+def _stem(output: Path) -> str:
+    """Return the name without the suffix of a model file; `m.v2` is a name as it stands."""
+    return output.stem if output.suffix in (".pth", ".pt") else output.name
 
 
 @dataclass(frozen=True)
@@ -118,6 +137,11 @@ class Progress:
         return {"best_epoch": self.best_epoch, "val_accuracy_pct": self.best_accuracy_pct}
 
 
+def is_finite(state: dict[str, Any]) -> bool:
+    """Return whether no tensor of a state_dict holds NaN or infinity."""
+    return all(torch.isfinite(value).all() for value in state.values() if isinstance(value, torch.Tensor))
+
+
 def save_progress(config: RunConfig, objects: dict[str, Stateful], progress: Progress) -> None:
     """Write the history CSV, once there is an epoch in it, and the checkpoint.
 
@@ -133,6 +157,7 @@ def save_progress(config: RunConfig, objects: dict[str, Stateful], progress: Pro
     content = {
         "format": CHECKPOINT_FORMAT,
         "arguments": config.flags,
+        "inputs": config.inputs,
         "state": {name: value.state_dict() for name, value in objects.items()},
         "progress": {**vars(progress), "history": progress.rows()},
     }
@@ -157,11 +182,20 @@ def load_progress(config: RunConfig, objects: dict[str, Stateful]) -> Progress:
                 f"{path} was made with --{name} {then.get(name)}, not {now.get(name)}: "
                 "give the same arguments, or start again with --force"
             )
+    for name, fingerprint in content.get("inputs", {}).items():
+        if config.inputs.get(name) != fingerprint:
+            raise UserError(
+                f"{path} was made with other {name} (their content differs): "
+                "give the same, or start again with --force"
+            )
     try:
         for name, value in objects.items():
             value.load_state_dict(content["state"][name])
-        progress = content["progress"]
-        return Progress(**{**progress, "history": [Epoch(**row) for row in progress["history"]]})
+        saved = content["progress"]
+        progress = Progress(**{**saved, "history": [Epoch(**row) for row in saved["history"]]})
+        if not is_finite(progress.best_state):
+            raise ValueError("the best weights are not finite")
+        return progress
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{path} does not fit this run: start again without --resume, with --force"

@@ -17,7 +17,15 @@ from utils.common.errors import UserError
 from utils.data.datasets import ImageData, Normalization
 from utils.data.loader import Loader
 from utils.evaluation import evaluate
-from utils.training.checkpoint import Epoch, Progress, RunConfig, Stateful, load_progress, save_progress
+from utils.training.checkpoint import (
+    Epoch,
+    Progress,
+    RunConfig,
+    Stateful,
+    is_finite,
+    load_progress,
+    save_progress,
+)
 from utils.training.compilation import compiled
 from utils.training.parallel import parallelize
 
@@ -26,6 +34,10 @@ LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 ValAccuracy = Callable[[nn.Module], float | None]
 """From a model to its accuracy on val in percent; None if there are no val images."""
 EVALUATION_BATCH_SIZE = 500
+
+
+class DivergedError(Exception):
+    """The loss or the weights are no longer finite numbers."""
 
 
 @dataclass
@@ -130,7 +142,7 @@ def train_one_epoch(
         The mean loss, and the accuracy in percent of the logits computed on the way.
 
     Raises:
-        UserError: the loss is no longer finite.
+        DivergedError: the loss is no longer finite.
     """
     model.train()
     device = device_of(model)
@@ -154,7 +166,7 @@ def train_one_epoch(
     mean_loss = distributed.all_reduce_sum(torch.tensor(loss_sum, dtype=torch.double)).item() / total
     correct = distributed.all_reduce_sum(torch.stack(hits).sum().cpu())
     if not mean_loss < float("inf"):
-        raise UserError("the loss is no longer a finite number: give a lower --lr and start again")
+        raise DivergedError("the loss is no longer a finite number")
     return mean_loss, 100 * correct.item() / total
 
 
@@ -184,9 +196,18 @@ def fit(run: Run) -> Progress:
     try:
         for number in range(len(progress.history) + 1, run.epochs + 1):
             epoch = _one_epoch(run, called, number, progress)
+            if not is_finite(run.selected.state_dict()):
+                raise DivergedError("the weights are no longer finite numbers")
             progress.history.append(epoch)
             print(epoch, flush=True)
             save_progress(run.config, run.stateful(), progress)
+    except DivergedError as error:
+        # With the same flags it would diverge again, and a resumed run cannot change them.
+        if distributed.is_main():
+            run.config.checkpoint.unlink(missing_ok=True)
+        raise UserError(
+            f"{error} after {len(progress.history)} epochs: start again with a lower --lr"
+        ) from error
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"{len(progress.history)} of {run.epochs} epochs are in {run.config.checkpoint}; "

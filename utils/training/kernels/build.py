@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from utils.common.files import sha256
+
 SOURCE = Path(__file__).with_name("kernels.cpp")
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
@@ -24,6 +26,8 @@ LANES = 16
 """Channels that a kernel processes at once."""
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 TAPS = 9
+SECONDS_TO_COMPILE = 300
+"""A compiler that takes longer hangs; the kernels take 20 s."""
 
 
 def available() -> bool:
@@ -176,7 +180,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_build(compiler)))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError, RuntimeError):  # RuntimeError: there is no home folder
         return None
 
 
@@ -184,16 +188,26 @@ def _build(compiler: str) -> Path:
     """Return the library in the user's cache, compiled first if this source was not yet for this machine."""
     source = SOURCE.read_bytes()
     flags = subprocess.run(
-        [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, check=True
+        [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull],
+        capture_output=True,
+        check=True,
+        timeout=SECONDS_TO_COMPILE,
     ).stdout
     key = hashlib.sha256(b"\0".join([source, " ".join(FLAGS).encode(), flags])).hexdigest()[:16]
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    library = cache_home / "mobilenetv2-kernels" / f"{platform.machine()}-{key}.so"
-    if not library.is_file():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        # Several processes may build at the same time: each has its own folder, and the last one wins.
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            made = Path(folder) / library.name
-            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, check=True)
-            made.replace(library)
-    return library
+    folder, stem = cache_home / "mobilenetv2-kernels", f"{platform.machine()}-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    # The name holds the checksum of the content: a damaged library would end the process when it is loaded.
+    for library in folder.glob(f"{stem}-*.so"):
+        if library.name == f"{stem}-{sha256(library)}.so":
+            return library
+    # Several processes may build at the same time: each has its own folder, and the last one wins.
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        made = Path(own) / "kernels.so"
+        subprocess.run(
+            [compiler, *FLAGS, str(SOURCE), "-o", str(made)],
+            capture_output=True,
+            check=True,
+            timeout=SECONDS_TO_COMPILE,
+        )
+        return made.replace(folder / f"{stem}-{sha256(made)}.so")
