@@ -112,7 +112,7 @@ def device_for(file: ModelFile, args: argparse.Namespace) -> torch.device:
 def main(args: argparse.Namespace) -> None:
     """Open the file, evaluate it, print and record."""
     runtime.set_up(args.seed, args.threads)
-    runtime.check_record(args)
+    runtime.check_outputs(args)
     file = open_model(args.weights, args.output_stride, ALL_KINDS)
     device = device_for(file, args)
     data = load_data(args, file.metadata.image_size)

@@ -11,7 +11,6 @@ from models import MobileNetV2
 from models.folding import fold_batch_norms
 from utils.checkpoints.weights import complete
 from utils.common import cli, errors, runtime
-from utils.common.files import check_output
 from utils.data.datasets import load_data
 from utils.data.loader import Loader
 from utils.deployment.comparison import (
@@ -46,11 +45,8 @@ def main(args: argparse.Namespace) -> None:
     """Calibrate once, quantize twice, evaluate, write, time."""
     runtime.set_up(args.seed, args.threads)
     use_engine(args.backend)
-    paths = {
-        variant: check_output(Path(args.output_dir) / f"mobilenetv2_{variant}.pt", force=args.force)
-        for variant in VARIANTS
-    }
-    runtime.check_record(args)
+    paths = {variant: Path(args.output_dir) / f"mobilenetv2_{variant}.pt" for variant in VARIANTS}
+    runtime.check_outputs(args, also=paths.values())
     weights = open_qmodel(args.weights)
     data = load_data(args, weights.image_size)
     weights = complete(args.weights, weights, data)

@@ -56,7 +56,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="how many times smaller the last map is than the image; 32 is torchvision's",
     )
     model.add_argument(
-        "--width_mult", type=cli.positive_float, default=1.0, help="multiplies the channels of every layer"
+        "--width_mult", type=cli.width_mult, default=1.0, help="multiplies the channels of every layer"
     )
     model.add_argument(
         "--dropout", type=cli.fraction_below_one, default=0.2, help="probability before the classifier"
@@ -93,12 +93,13 @@ def output_stride_by_epoch(args: argparse.Namespace) -> list[int]:
     Raises:
         UserError: the early epochs leave none at the model's own output stride.
     """
-    strides = [stride for stride, epochs in args.early_output_strides for _ in range(epochs)]
-    if len(strides) >= args.epochs:
+    early_epochs = sum(epochs for _, epochs in args.early_output_strides)
+    if early_epochs >= args.epochs:
         raise UserError(
-            f"--early_output_strides takes {len(strides)} of {args.epochs} epochs: "
+            f"--early_output_strides takes {early_epochs} of {args.epochs} epochs: "
             "leave at least one at --output_stride"
         )
+    strides = [stride for stride, epochs in args.early_output_strides for _ in range(epochs)]
     return strides + [args.output_stride] * (args.epochs - len(strides))
 
 

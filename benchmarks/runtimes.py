@@ -261,7 +261,7 @@ def main(args: argparse.Namespace) -> None:
         args.thread_counts, args.batch_sizes, args.rounds = [1], [1, 32], 20
         args.num_calibration_batches, args.num_images, args.backends = 2, 128, args.backends[:1]
     runtime.set_up(args.seed, args.threads)
-    runtime.check_record(args)
+    runtime.check_outputs(args)
     logging.disable(logging.WARNING)  # the runtimes' advice
     for engine in args.backends:
         quantization.use_engine(engine)

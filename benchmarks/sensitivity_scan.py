@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> None:
         UserError: a row differs.
     """
     runtime.set_up(args.seed, args.threads)
-    runtime.check_record(args)
+    runtime.check_outputs(args)
     if args.quick:
         args.images, args.every = QUICK_IMAGES, QUICK_EVERY
     model, loader = load(args)

@@ -240,7 +240,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Time every case, print the table and the ratio of the last row."""
     runtime.set_up(args.seed, args.threads)
-    runtime.check_record(args)
+    runtime.check_outputs(args)
     if args.ablation and not build.available():
         raise UserError("--ablation compares kernels, which need a C++ compiler such as g++: install one")
     if args.quick:

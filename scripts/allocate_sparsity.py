@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.statistics import model_statistics
-from utils.common import cli, errors, files
+from utils.common import cli, errors, runtime
 from utils.common.errors import UserError
 from utils.open_weights import open_weights
 from utils.pruning.allocation import (
@@ -94,7 +94,7 @@ def layer_fraction(text: str) -> tuple[str, float]:
 
 def main(args: argparse.Namespace) -> None:
     """Allocate the budget and write the CSV."""
-    files.check_output(args.o, force=args.force)
+    runtime.check_outputs(args, "o")
     if (args.method == "sensitivity") != (args.scanning_log is not None):
         raise UserError(
             "--method sensitivity and --scanning_log go together: give both, "

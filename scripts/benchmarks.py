@@ -19,7 +19,7 @@ from utils.checkpoints.weights import add_output_stride_argument
 from utils.common import cli, errors, runtime
 from utils.common.csv_files import write_csv
 from utils.common.errors import UserError
-from utils.common.files import check_output, file_size_mb
+from utils.common.files import file_size_mb
 from utils.common.tables import format_table
 from utils.deployment.latency import Latency, measure_fastest_forms
 from utils.deployment.torchscript import float_forms
@@ -118,9 +118,7 @@ def format_rows(rows: list[dict[str, Any]]) -> str:
 def main(args: argparse.Namespace) -> None:
     """Open the files, time them in rounds, print, write and record."""
     runtime.set_up(args.seed, args.threads)
-    runtime.check_record(args)
-    if args.csv:
-        check_output(args.csv, force=args.force)
+    runtime.check_outputs(args, "csv")
     files = open_files(args)
     image_size = next(iter(files.values())).metadata.image_size
     inputs = torch.randn(args.batch_size, 3, image_size, image_size).to(memory_format=torch.channels_last)

@@ -15,7 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.common import cli, errors, runtime
-from utils.common.files import check_output
+from utils.common.errors import UserError
 from utils.common.steps import data_flags, run_script
 from utils.common.tables import format_table
 
@@ -77,7 +77,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--qat_epochs", type=cli.positive_int, default=1, help="of quantization-aware training"
     )
-    parser.add_argument("--width_mult", type=cli.positive_float, default=0.5, help="as train.py's")
+    parser.add_argument("--width_mult", type=cli.width_mult, default=0.5, help="as train.py's")
     parser.add_argument("--output_stride", type=int, default=16, help="as train.py's")
     parser.add_argument(
         "--sparsities", type=cli.fraction, nargs="+", default=[0.25, 0.5, 0.75], help="as the scan's"
@@ -164,7 +164,11 @@ def main(args: argparse.Namespace) -> None:
     runtime.set_up(args.seed, args.threads)
     start = time.perf_counter()
     folder = Path(args.output_dir)
-    summary = check_output(folder / "summary.json", force=args.force)
+    summary = folder / "summary.json"
+    # The steps are run with --force.
+    kept = [path.name for path in folder.glob("*")]
+    if kept and not args.force:
+        raise UserError(f"{folder} is not empty ({kept[0]}): give --force to overwrite it, or another folder")
     (folder / "records").mkdir(parents=True, exist_ok=True)
     done = run_chain(args, folder)
     rows = measured(folder)

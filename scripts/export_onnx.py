@@ -18,7 +18,7 @@ from models.folding import fold_batch_norms
 from utils.checkpoints.weights import Weights, add_output_stride_argument
 from utils.common import cli, errors, runtime
 from utils.common.errors import UserError
-from utils.common.files import atomic_write, check_output, file_size_mb
+from utils.common.files import atomic_write, file_size_mb
 from utils.common.optional_packages import import_optional
 from utils.data.datasets import ImageData, load_data
 from utils.data.loader import Loader
@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
     """Convert, check, write."""
     runtime.set_up(args.seed, args.threads)
     import_optional("onnx", "onnxruntime")
-    check_output(args.o, force=args.force)
+    runtime.check_outputs(args, "o")
     file = open_model(args.weights, args.output_stride)
     data = load_data(args, file.metadata.image_size)
     batches = check_batches(file, data, args)

@@ -14,7 +14,7 @@ from models import MobileNetV2
 from models.mobilenetv2 import OUTPUT_STRIDES
 from models.statistics import model_statistics
 from utils.checkpoints.weights import Weights
-from utils.common import cli, errors, files
+from utils.common import cli, errors, runtime
 from utils.data.datasets import DEFAULT_IMAGE_SIZE
 from utils.open_weights import open_weights
 from utils.pruning.sparsity_dict import MEANING, describe_layers, write_sparsity_dict
@@ -28,9 +28,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", help="weights file of the model (default: the flags below describe it)")
     model = parser.add_argument_group("model, without --weights")
     model.add_argument("--num_classes", type=cli.positive_int, help="(default: 10)")
-    model.add_argument("--width_mult", type=cli.positive_float, help="(default: 1.0)")
+    model.add_argument("--width_mult", type=cli.width_mult, help="(default: 1.0)")
     model.add_argument("--output_stride", type=int, choices=sorted(OUTPUT_STRIDES), help="(default: 16)")
-    model.add_argument("--image_size", type=cli.positive_int, help="image side in pixels (default: 32)")
+    model.add_argument("--image_size", type=cli.image_size, help="image side in pixels (default: 32)")
     return parser
 
 
@@ -58,7 +58,7 @@ def described_model(args: argparse.Namespace) -> Weights:
 
 def main(args: argparse.Namespace) -> None:
     """Write the template."""
-    files.check_output(args.o, force=args.force)
+    runtime.check_outputs(args, "o")
     weights = described_model(args)
     layers = model_statistics(weights.model, weights.image_size).layers
     write_sparsity_dict(args.o, {layer.name: 1.0 for layer in layers}, describe_layers(layers))

@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from utils.checkpoints.weights import Weights
-from utils.common import cli, errors
+from utils.common import cli, errors, runtime
 from utils.common.errors import UserError
-from utils.common.files import BYTES_PER_MB, atomic_write, check_output, file_size_mb
+from utils.common.files import BYTES_PER_MB, atomic_write, file_size_mb
 from utils.open_model import ModelFile, open_model
 from utils.packing.format import PackedFile, is_packed
 from utils.packing.pack import DTYPES, Source, check_same, encode, format_sizes, packed_sizes
@@ -86,7 +86,7 @@ def check_logits(file: ModelFile, packed: ModelFile) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Pack, read back and compare; the file is only kept if all is equal."""
-    check_output(args.o, force=args.force)
+    runtime.check_outputs(args, "o")
     file = open_model(args.weights)
     source, dtype = source_of(file, args.dtype)
     before = file_size_mb(args.weights)

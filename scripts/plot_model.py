@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.common import cli, errors, files
+from utils.common import cli, errors, files, runtime
 from utils.common.errors import UserError
 from utils.open_model import ModelFile, open_model
 from utils.packing.pack import format_sizes
@@ -45,7 +45,7 @@ def check_same_architecture(before: ModelFile, after: ModelFile) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Open the files, draw, print where the bytes go."""
-    files.check_output(args.o, force=args.force)
+    runtime.check_outputs(args, "o")
     after = open_model(args.weights)
     compared = {"weights": after}
     if args.before is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.common import cli, errors, files
+from utils.common import cli, errors, runtime
 from utils.pruning.scanning_log import read_recommended
 from utils.pruning.sparsity_dict import MEANING, write_sparsity_dict
 
@@ -26,7 +26,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Write the sparsity dict that the log recommends."""
-    files.check_output(args.o, force=args.force)
+    runtime.check_outputs(args, "o")
     keep_ratios, descriptions = read_recommended(args.f)
     write_sparsity_dict(args.o, keep_ratios, descriptions)
     pruned = sum(keep_ratio < 1 for keep_ratio in keep_ratios.values())

@@ -70,13 +70,14 @@ def check_outputs(args: argparse.Namespace) -> Path:
     Raises:
         UserError: an output cannot be written, or exists and is not a log to resume.
     """
-    plot = Path(args.plot) if args.plot else Path(args.o).with_suffix(".png")
-    if plot.resolve() == Path(args.o).resolve():
-        raise UserError(f"--o {args.o} and the plot would be one file: give --plot another name")
     is_continued = Path(args.o).is_file()
     files.check_output(args.o, force=args.force or is_continued)
-    files.check_output(plot, force=args.force or is_continued)
-    runtime.check_record(args)
+    files.lock(args.o)
+    plot = Path(args.plot) if args.plot else Path(args.o).with_suffix(".png")
+    read = {"--o": args.o, "--weights": args.weights}
+    # The plot beside the log is part of it; another may be something else.
+    files.check_outputs({"--plot": plot}, read, force=args.force or (is_continued and not args.plot))
+    files.check_outputs({"--record": args.record}, read | {"--plot": plot}, force=args.force)
     return plot
 
 
@@ -165,6 +166,8 @@ def main(args: argparse.Namespace) -> None:
     if distributed.is_main() and Path(args.o).is_file() and not args.force:
         log.load()
         print(f"going on after {len(log.rows)} of {len(log.plan)} rows in {args.o}")
+        if log.edited_marks:
+            print("recommended_sparsity was edited and is kept: empty its cells to have them chosen anew")
     # Also a barrier: nothing is written before every process has checked the outputs.
     log.rows = distributed.gather(log.rows)[0]
     log.start()

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models import MobileNetV2Quantization
 from models.statistics import model_statistics
 from utils.checkpoints.weights import add_output_stride_argument, save_weights
-from utils.common import cli, errors, files
+from utils.common import cli, errors, files, runtime
 from utils.open_weights import open_weights
 
 
@@ -29,7 +29,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Convert and print a summary."""
-    files.check_output(args.output, force=args.force)
+    runtime.check_outputs(args, "output")
     weights = open_weights(args.weights, output_stride=args.output_stride)
     qmodel = replace(weights, model=MobileNetV2Quantization.from_float(weights.model), kind="qmodel")
     save_weights(args.output, qmodel, args)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.common import cli, errors
+from utils.common import cli, distributed, errors
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDERS = (REPOSITORY, REPOSITORY / "scripts", REPOSITORY / "benchmarks")
@@ -25,7 +25,7 @@ SCRIPTS = sorted(
     ("kind", "accepted", "refused"),
     [
         (cli.positive_int, {"1": 1, " 12 ": 12}, ["0", "-1", "1.5", "1e3", "nan", "", "x", "1" + "0" * 400]),
-        (cli.non_negative_int, {"0": 0, "7": 7}, ["-1", "0.5", "inf", "4294967296"]),
+        (cli.non_negative_int, {"0": 0, "7": 7}, ["-1", "0.5", "inf", "1000001"]),
         (cli.seed, {"0": 0, "4294967295": 2**32 - 1}, ["-1", "4294967296", "x"]),
         (cli.thread_count, {"1": 1, "64": 64}, ["0", "-2", "100000", "two"]),
         (cli.positive_float, {"0.1": 0.1, "1e-4": 1e-4}, ["0", "-0.1", "nan", "inf", "1e400", "0,1"]),
@@ -70,7 +70,7 @@ def test_help_is_the_first_paragraph_and_the_defaults():
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--epochs", "-3"], "'-3' must be a whole number of at least 1"),
+        (["--epochs", "-3"], "'-3' must be a whole number from 1 to"),
         (["--epochs"], "expected one argument"),
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
         (["--two\nlines"], "unrecognized arguments: --two lines"),
@@ -269,3 +269,67 @@ def snapshot() -> set[str]:
         for path in (REPOSITORY / folder).glob("*")
         if path.name != "__pycache__"
     }
+
+
+EXTREMES = ("1e300", "-1e300", "1e-320", "2147483648", "nan", "inf", "-0", "", " ", "١٢", "1" * 5000)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_number_has_bounds(script, capsys):
+    parser = runpy.run_path(str(REPOSITORY / script), run_name="imported")["get_args_parser"]()
+    numbers = [action for action in parser._actions if action.type not in (None, str) and not action.choices]
+    for action in numbers:
+        for text in EXTREMES:
+            try:
+                value = action.type(text)
+            except (argparse.ArgumentTypeError, ValueError):
+                continue
+            for number in value if isinstance(value, tuple) else [value]:
+                limit = cli.LARGEST_SEED if action.dest == "seed" else cli.LARGEST
+                assert isinstance(number, str) or 0 <= number <= limit, (action.dest, text)
+
+
+def test_a_stdout_that_knows_only_ascii_does_not_end_a_script():
+    code = "from utils.common import errors; errors.run(lambda: print('–', chr(0xDCFF)))"
+    process = run_python(code, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, "\\u2013 \\udcff\n", "")
+
+
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_a_closed_stream_does_not_end_a_script(closed):
+    code = (
+        "import sys; from utils.common import errors; from tqdm import tqdm\n"
+        "errors.run(lambda: [print(i) for i in tqdm(range(2), disable=not sys.stderr.isatty())])\n"
+    )
+    command = f'"{sys.executable}" -c "$CODE" {closed}>&-'
+    ended = subprocess.run(command, shell=True, cwd=REPOSITORY, env=os.environ | {"CODE": code}, check=False)
+    assert ended.returncode == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_stdout_ends_in_one_line():
+    code = "from utils.common import errors; errors.run(lambda: print('x'))"
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=REPOSITORY,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: what is printed cannot be written")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_names_from_files_do_not_reach_the_terminal_raw():
+    assert errors.one_line("\x1b[2Ja\x07 \u202eb\r\n") == "\\x1b[2Ja\\x07 \\u202eb"
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK"])
+def test_the_environment_of_torchrun_is_checked(name, monkeypatch):
+    monkeypatch.setenv(name, "abc")
+    with pytest.raises(errors.UserError, match=f"{name} is 'abc'"):
+        distributed.launched() if name == "WORLD_SIZE" else distributed.local_rank()

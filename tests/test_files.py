@@ -1,11 +1,14 @@
 import os
 import resource
 import stat
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
 import torch
 
+from utils.common import files
 from utils.common.errors import UserError
 from utils.common.files import atomic_write, check_input, check_output, file_size_mb, save_torch
 
@@ -162,3 +165,54 @@ def test_inputs_that_are_no_files_are_named(target, path, reason):
 def test_sizes_are_in_mebibytes(tmp_path):
     (tmp_path / "x").write_bytes(bytes(3 * 2**19))
     assert file_size_mb(tmp_path / "x") == 1.5
+
+
+def test_two_flags_that_name_one_file_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / "in.pth"
+    source.write_text("precious")
+    (tmp_path / "link.pth").symlink_to(source)
+    for same in ("in.pth", "./in.pth", "link.pth"):
+        with pytest.raises(UserError, match="--output and --weights both name"):
+            files.check_outputs({"--output": same}, {"--weights": str(source)}, force=True)
+    with pytest.raises(UserError, match="--record and --output both name"):
+        files.check_outputs({"--output": "new", "--record": tmp_path / "new"}, {}, force=True)
+    assert source.read_text() == "precious"
+
+
+def test_an_output_is_locked_until_its_process_ends(tmp_path):
+    output = tmp_path / "out.pth"
+    code = (
+        f"from utils.common import files; files.lock({str(output)!r}); print('locked', flush=True); input()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    other.stdout.readline()
+    with pytest.raises(UserError, match=f"process {other.pid} is writing"):
+        files.lock(output)
+    other.kill()
+    other.wait()
+    assert (tmp_path / ".out.pth.lock").exists()  # what a killed run leaves is no lock
+    files.lock(output)
+    files.lock(output)  # this process has it
+    files.unlock(output)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_does_not_follow_a_planted_link(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / ".out.pth.lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(UserError, match="cannot be locked"):
+        files.lock(tmp_path / "out.pth")
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_temporary_files_of_killed_runs_are_removed(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    dead = [tmp_path / f".a.pth.{ended.pid}.tmp", tmp_path / f".a.pth.{ended.pid}-0badcafe.tmp"]
+    kept = [tmp_path / f".a.pth.{os.getpid()}-0badcafe.tmp", tmp_path / f".b.pth.{ended.pid}.tmp"]
+    for path in dead + kept:
+        path.touch()
+    files.check_output(tmp_path / "a.pth", force=False)
+    assert sorted(tmp_path.iterdir()) == sorted(kept)

@@ -300,6 +300,23 @@ def test_another_threshold_moves_the_marks_of_rows_that_are_there(whole):
     assert marked == [("features.0.0", "0.5"), ("features.1.conv.0.0", "0.7"), ("classifier.1", "0.9")]
 
 
+def test_edited_recommendations_are_kept_when_the_scan_is_run_again(whole):
+    lines = whole.read_text().splitlines(True)
+    with open(whole, newline="") as file:
+        rows = list(csv.DictReader(file))
+    marked = next(i for i, row in enumerate(rows) if row["recommended_sparsity"])
+    row = rows[marked]
+    cells = lines[marked + 1].split(",")
+    cells[list(row).index("recommended_sparsity")] = "0.62"
+    lines[marked + 1] = ",".join(cells)
+    whole.write_text("".join(lines))
+    log = make_log(whole)
+    log.load()
+    assert log.recommended()[row["layer"]] == 0.62
+    log.start()
+    assert whole.read_text() == "".join(lines)
+
+
 @pytest.mark.parametrize(
     ("other", "says"),
     [({"scan_id": "abd"}, "other weights or images"), ({"levels": (0.3, 0.7, 0.9)}, "other sparsities")],
@@ -506,7 +523,7 @@ def test_a_log_of_other_weights_is_refused_without_force(scan, scanned, tiny_wei
         (("--val_size", 0), "val split holds no images"),
         (("--weights", "nowhere.pth"), "nowhere.pth does not exist"),
         (("--plot", "/proc/none/p.png"), "cannot be written"),
-        (("--plot", "SAME"), "one file"),
+        (("--plot", "SAME"), "--plot and --o both name the file"),
     ],
 )
 def test_bad_arguments_are_refused(scan, tmp_path, argv, says):

@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 import signal
 import subprocess
 from argparse import Namespace
@@ -102,7 +103,7 @@ def test_a_resumed_run_ends_with_the_same_weights(train, tiny_folder, tmp_path, 
         (("--resume",), "no checkpoint"),
         (("--dataset", "folder", "--data_dir", "nowhere"), "nowhere"),
         (("--dropout", 1), "--dropout"),
-        (("--lr", 1e30, "--optimizer", "sgd", "--scheduler", "none"), "lower --lr"),
+        (("--lr", 1e6, "--optimizer", "sgd", "--scheduler", "none"), "lower --lr"),
         (("--optimiser", "sgd"), "unrecognized"),
     ],
 )
@@ -208,3 +209,51 @@ def test_pretrained_takes_all_but_the_classifier(monkeypatch):
     load_pretrained(model)
     assert torch.equal(model.features[18][0].weight, source.features[18][0].weight)
     assert torch.equal(model.classifier[1].weight, head)
+
+
+def test_files_beside_the_output_are_not_overwritten(train, tmp_path):
+    history = tmp_path / "m.history.csv"
+    history.write_text("precious")
+    assert "m.history.csv exists" in train(tmp_path / "m.pth", "--epochs", 1, expect=2).stderr
+    assert history.read_text() == "precious"
+    train(tmp_path / "m.v2", "--epochs", 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.history.csv", "m.v2", "m.v2.history.csv"]
+    assert history.read_text() == "precious"
+
+
+@pytest.mark.parametrize("flag", ["--record", "--teacher", "--weights"])
+def test_the_output_is_no_other_file_of_the_run(train, tiny_weights, tmp_path, flag):
+    output = tmp_path / "m.pth"
+    output.write_bytes(tiny_weights.read_bytes())
+    assert "both name" in train(output, "--epochs", 1, flag, output, "--force", expect=2).stderr
+    assert output.read_bytes() == tiny_weights.read_bytes()
+
+
+def test_a_diverged_run_leaves_nothing_that_the_next_one_stumbles_over(train, tmp_path):
+    output = tmp_path / "m.pth"
+    recipe = ("--epochs", 3, "--scheduler", "none")
+    assert "lower --lr" in train(output, *recipe, "--lr", 1e6, expect=2).stderr
+    assert list(tmp_path.iterdir()) == []
+    train(output, "--epochs", 1, "--force")
+
+
+def test_one_image_of_one_last_pixel_per_step_is_refused(train, tmp_path):
+    assert "--batch_size of at least 2" in train(tmp_path / "m.pth", "--batch_size", 1, expect=2).stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_resumed_with_the_inputs_that_it_started_with(train, tiny_folder, tiny_weights, tmp_path):
+    start, output = tmp_path / "start.pth", tmp_path / "m.pth"
+    weights = open_weights(tiny_weights)
+    save_weights(start, weights, Namespace())
+    recipe = ("--epochs", 3, "--weights", start, "--width_mult", weights.model.architecture["width_mult"])
+    kill_after(1, output, ("--dataset", "folder", "--data_dir", tiny_folder, *FAST, *recipe), signal.SIGKILL)
+    other_images = shutil.copytree(tiny_folder, tmp_path / "images")
+    first, second = sorted((other_images / "train").glob("*/*"))[:2]
+    second.write_bytes(first.read_bytes())
+    ended = train(output, *recipe, "--resume", "--data_dir", other_images, expect=2)
+    assert "other training images" in ended.stderr
+    with torch.no_grad():
+        weights.model.features[0][0].weight.mul_(2)
+    save_weights(start, weights, Namespace())
+    assert "their content differs" in train(output, *recipe, "--resume", expect=2).stderr

@@ -18,7 +18,7 @@ from models.mobilenetv2 import OUTPUT_STRIDES
 from utils.checkpoints.foreign import architecture_of
 from utils.checkpoints.metadata import check_image_size, parse_normalization
 from utils.common.errors import UserError, one_line
-from utils.common.files import save_torch
+from utils.common.files import atomic_write
 from utils.common.runtime import plain, versions
 from utils.data.datasets import DEFAULT_IMAGE_SIZE, ImageData, Normalization, measure_normalization
 
@@ -62,7 +62,12 @@ class CompleteWeights(Weights):
 
 
 def save_weights(path: str | os.PathLike, weights: Weights, args: Namespace) -> None:
-    """Write weights, architecture, class names, normalization, metrics, arguments and versions."""
+    """Write weights, architecture, class names, normalization, metrics, arguments and versions.
+
+    Raises:
+        UserError: what was written cannot be read back (weights that are not finite, a full disk); a file
+            that stood there before is whole.
+    """
     normalization = weights.normalization
     content = {
         "format": FORMAT,
@@ -77,7 +82,13 @@ def save_weights(path: str | os.PathLike, weights: Weights, args: Namespace) -> 
         "arguments": plain(args),
         "versions": versions(),
     }
-    save_torch(path, content)
+    with atomic_write(path) as temporary:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+        try:
+            weights_from_content(Path(path), read_pickle(temporary), weights.kind, None)
+        except UserError as error:
+            raise UserError(f"{error}; it is not written") from error
 
 
 def weights_from_content(

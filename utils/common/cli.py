@@ -6,7 +6,10 @@ from typing import NoReturn
 
 from utils.common.errors import EXIT_BAD_INPUT, one_line
 
-LARGEST_INT = 2**31 - 1
+LARGEST = 10**6
+"""Bound of all numbers without one of their own: what is larger is a slip, and fills the memory."""
+LARGEST_IMAGE_SIZE = 1024
+"""Side in pixels of the largest images that any script takes."""
 LARGEST_SEED = 2**32 - 1  # numpy's
 MOST_THREADS = 1024  # torch crashes with many more
 
@@ -50,12 +53,19 @@ def _number(text: str, kind: type, accept, requirement: str):
 
 def positive_int(text: str) -> int:
     """Parse an integer of at least 1."""
-    return _number(text, int, lambda v: 1 <= v <= LARGEST_INT, "a whole number of at least 1")
+    return _number(text, int, lambda v: 1 <= v <= LARGEST, f"a whole number from 1 to {LARGEST}")
 
 
 def non_negative_int(text: str) -> int:
     """Parse an integer of at least 0."""
-    return _number(text, int, lambda v: 0 <= v <= LARGEST_INT, "a whole number of at least 0")
+    return _number(text, int, lambda v: 0 <= v <= LARGEST, f"a whole number from 0 to {LARGEST}")
+
+
+def image_size(text: str) -> int:
+    """Parse the side of an image in pixels."""
+    return _number(
+        text, int, lambda v: 1 <= v <= LARGEST_IMAGE_SIZE, f"a whole number from 1 to {LARGEST_IMAGE_SIZE}"
+    )
 
 
 def seed(text: str) -> int:
@@ -69,13 +79,18 @@ def thread_count(text: str) -> int:
 
 
 def positive_float(text: str) -> float:
-    """Parse a finite number above 0."""
-    return _number(text, float, lambda v: v > 0, "a number above 0")
+    """Parse a number above 0."""
+    return _number(text, float, lambda v: 0 < v <= LARGEST, f"a number above 0, at most {LARGEST}")
+
+
+def width_mult(text: str) -> float:
+    """Parse a multiplier of a network's channels."""
+    return _number(text, float, lambda v: 0.01 <= v <= 10, "a number from 0.01 to 10")
 
 
 def non_negative_float(text: str) -> float:
-    """Parse a finite number of at least 0."""
-    return _number(text, float, lambda v: v >= 0, "a number of at least 0")
+    """Parse a number of at least 0."""
+    return _number(text, float, lambda v: 0 <= v <= LARGEST, f"a number from 0 to {LARGEST}")
 
 
 def fraction(text: str) -> float:
@@ -106,7 +121,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data_dir", default="data", help="folder of the images")
     group.add_argument(
         "--image_size",
-        type=positive_int,
+        type=image_size,
         help="resize the images of --dataset folder to this side in pixels "
         "(default: as the weights were trained, or 32)",
     )

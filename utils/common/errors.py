@@ -12,6 +12,10 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
+at_end: list[Callable[[], None]] = []
+"""What `run` calls last, however the script ends."""
+
+
 class UserError(Exception):
     """Bad input. The message is one line: what is wrong, where, and what to do."""
 
@@ -55,6 +59,9 @@ def run(main: Callable[[], None]) -> None:
         if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
             raise
         _end("error: out of memory: give a smaller --batch_size or --image_size", EXIT_BAD_INPUT)
+    finally:
+        while at_end:
+            at_end.pop()()
 
 
 def _make_streams_safe() -> None:

@@ -1,6 +1,5 @@
 """Atomic writes, locks, and checks of input and output paths."""
 
-import atexit
 import errno
 import hashlib
 import os
@@ -15,7 +14,7 @@ from typing import IO, Any
 import torch
 
 from utils.common.distributed import is_main
-from utils.common.errors import UserError
+from utils.common.errors import UserError, at_end
 
 BYTES_PER_MB = 2**20
 """MB means 2**20 bytes throughout this project, as in the published table."""
@@ -139,9 +138,8 @@ def lock(output: str | os.PathLike) -> None:
         return
     file.truncate(0)
     print(os.getpid(), file=file, flush=True)
-    if not _locks:
-        atexit.register(_unlock_all)
     _locks[target] = file
+    at_end.append(lambda: unlock(target))
 
 
 def unlock(output: str | os.PathLike) -> None:
@@ -152,11 +150,6 @@ def unlock(output: str | os.PathLike) -> None:
         # Removed while it is still locked, so that it cannot be the next run's.
         target.with_name(f".{target.name}.lock").unlink(missing_ok=True)
         file.close()
-
-
-def _unlock_all() -> None:
-    for target in list(_locks):
-        unlock(target)
 
 
 def sha256(path: str | os.PathLike) -> str:

@@ -7,15 +7,16 @@ import platform
 import random
 import sys
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from utils.common import distributed
+from utils.common import distributed, files
 from utils.common.errors import UserError
-from utils.common.files import atomic_write, check_output
+from utils.common.files import atomic_write
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # as in glibc's malloc.h
 
@@ -97,14 +98,27 @@ def plain(value: Any) -> Any:
     return value
 
 
-def check_record(args: Namespace) -> None:
-    """Check before the work starts that --record, if given, can be written.
+def check_outputs(args: Namespace, *flags: str, also: Iterable[Path] = ()) -> None:
+    """Check before the work starts that the outputs can be written, and that none is another file of the run.
+
+    Args:
+        args: with --force, and --record if the script has it. Whatever other argument names a file that
+            exists is taken for an input.
+        flags: the names of the script's other outputs.
+        also: outputs that no flag names.
 
     Raises:
-        UserError: the file exists and --force is off, or it cannot be written.
+        UserError: a file exists and --force is off, it cannot be written, or two of them are the same.
     """
-    if args.record:
-        check_output(args.record, force=args.force)
+    values = {f"--{name}": value for name, value in vars(args).items()}
+    names = [f"--{name}" for name in (*flags, "record")]
+    outputs = {name: values.pop(name, None) for name in names} | {f"the output {p}": p for p in also}
+    inputs = {name: [v for v in _texts(value) if os.path.isfile(v)] for name, value in values.items()}
+    files.check_outputs(outputs, inputs, force=args.force)
+
+
+def _texts(value: object) -> list[str]:
+    return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
 
 
 def write_record(path: str | os.PathLike, args: Namespace, results: dict[str, Any]) -> None:

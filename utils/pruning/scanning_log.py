@@ -91,6 +91,8 @@ class ScanningLog:
         self.scan_id = scan_id
         self.descriptions = descriptions
         self.rows: list[Measurement] = []
+        self.edited_marks: dict[int, str] = {}
+        """The cells recommended_sparsity that a person has edited, by row: they are kept."""
 
     def start(self) -> None:
         """Replace the file by one with the header and the rows so far."""
@@ -126,6 +128,12 @@ class ScanningLog:
                 f"{self.path} is the log of a scan of other {other}: "
                 "give another --o, or --force to replace it"
             )
+        marks = [row["recommended_sparsity"] for row in rows]
+        # The last layer may be measured only in part.
+        unfinished = self.plan[len(rows)][0] if len(rows) < len(self.plan) else None
+        found = {i: marks[i] for i, row in enumerate(self.rows) if row.layer != unfinished}
+        if not self._may_be_automatic([(self.rows[i], mark) for i, mark in found.items()]):
+            self.edited_marks = found
 
     def append(self, evaluation: "Evaluation") -> Measurement:
         """Write the result of the next point of the plan and return its row.
@@ -158,7 +166,27 @@ class ScanningLog:
     def recommended(self) -> dict[str, float]:
         """Return the recommended sparsity of each layer measured so far."""
         names = dict.fromkeys(row.layer for row in self.rows)
-        return {name: self._recommended(self.of_layer(name)) for name in names}
+        edited = {self.rows[i].layer: float(mark) for i, mark in self.edited_marks.items() if mark}
+        return {name: self._recommended(self.of_layer(name)) for name in names} | edited
+
+    @staticmethod
+    def _may_be_automatic(marked: Sequence[tuple[Measurement, str]]) -> bool:
+        """Return whether some threshold gives exactly these marks."""
+        above, below = 100.0, -1.0  # accuracies that the threshold must not exceed, and must exceed
+        for layer in dict.fromkeys(row.layer for row, _ in marked):
+            rows = [(row, mark) for row, mark in marked if row.layer == layer]
+            where = [i for i, (_, mark) in enumerate(rows) if mark]
+            if not where:
+                continue  # emptied in order to be chosen anew
+            chosen, mark = rows[where[0]]
+            is_choice = mark == f"{chosen.keep_ratio:g}"
+            is_fallback = where[0] == len(rows) - 1 and mark in ("1", "1.0") and not is_choice
+            if len(where) > 1 or not (is_choice or is_fallback):
+                return False
+            before = [row.accuracy_pct for row, _ in (rows if is_fallback else rows[: where[0]])]
+            below = max([below, *before])
+            above = min(above, chosen.accuracy_pct if is_choice else above)
+        return below < above
 
     def _recommended(self, rows: Sequence[Measurement]) -> float:
         return recommend(
@@ -171,6 +199,8 @@ class ScanningLog:
         return [*measured, self._mark(index), *self.descriptions[row.layer], self.scan_id]
 
     def _mark(self, index: int) -> object:
+        if index in self.edited_marks:
+            return self.edited_marks[index]
         # Sparsities increase, so the first that passes is the smallest and can be marked at once.
         row = self.rows[index]
         before = [other for other in self.rows[:index] if other.layer == row.layer]

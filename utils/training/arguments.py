@@ -12,6 +12,7 @@ from torch import nn
 
 from utils.common import cli, distributed, runtime
 from utils.common.devices import DEVICES, add_device_argument, choose_device
+from utils.common.errors import UserError
 from utils.common.files import sha256, unlock
 from utils.data.augmentation import AUGMENTATIONS
 from utils.data.datasets import ImageData, Normalization
@@ -165,6 +166,25 @@ def training_loader(
     )
 
 
+def check_batch_statistics(model: nn.Module, loader: Loader) -> None:
+    """Check that the batch norms see more than one value per channel.
+
+    Raises:
+        UserError: a training step has one image, whose last maps have one pixel.
+    """
+    images = min(loader.batch_size, len(loader.split))
+    last_batch = len(loader.split) % loader.batch_size
+    if last_batch and not loader.drop_last:
+        images = min(images, last_batch)
+    stride = {"output_stride": 1, **vars(model).get("architecture", {})}["output_stride"]
+    side = -(-loader.split.images.shape[-1] // stride)
+    if images * side**2 < 2:
+        raise UserError(
+            "a training step has one image, whose last maps have one pixel, and a batch norm needs more than "
+            "one value: give a --batch_size of at least 2"
+        )
+
+
 def build_run(
     model: nn.Module,
     loader: Loader,
@@ -182,6 +202,7 @@ def build_run(
         val_accuracy: from `accuracy_on_val`.
         parts: further fields of Run: average, hooks, state.
     """
+    check_batch_statistics(model, loader)
     optimizer = build_optimizer(model, args.optimizer, args.lr, args.weight_decay, args.muon_lr, args.amp)
     return Run(
         config=replace(_run_config(args), inputs=_inputs(loader, args)),

@@ -138,8 +138,10 @@ class Progress:
 
 
 def is_finite(state: dict[str, Any]) -> bool:
-    """Return whether no tensor of a state_dict holds NaN or infinity."""
-    return all(torch.isfinite(value).all() for value in state.values() if isinstance(value, torch.Tensor))
+    """Return whether no parameter and no statistic in a state_dict is NaN or infinite."""
+    # The observers of quantization-aware training start at infinity.
+    names = ("weight", "bias", "running_mean", "running_var")
+    return all(torch.isfinite(value).all() for name, value in state.items() if name.split(".")[-1] in names)
 
 
 def save_progress(config: RunConfig, objects: dict[str, Stateful], progress: Progress) -> None:
