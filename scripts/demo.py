@@ -78,7 +78,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--qat_epochs", type=cli.positive_int, default=1, help="of quantization-aware training"
     )
     parser.add_argument("--width_mult", type=cli.width_mult, default=0.5, help="as train.py's")
-    parser.add_argument("--output_stride", type=int, default=16, help="as train.py's")
+    parser.add_argument("--output_stride", type=cli.positive_int, default=16, help="as train.py's")
     parser.add_argument(
         "--sparsities", type=cli.fraction, nargs="+", default=[0.25, 0.5, 0.75], help="as the scan's"
     )

@@ -36,3 +36,7 @@ def test_no_line_ends_in_spaces():
 
 def test_no_rows_leave_the_headers():
     assert format_table(["a", "bb"], []) == "a  bb\n-  --"
+
+
+def test_names_do_not_reach_the_terminal_raw():
+    assert format_table(["class"], [["cat\x1b[2J"]]).endswith("cat\\x1b[2J")

@@ -127,7 +127,7 @@ def plot_model(
 
     kinds = {name: layer_kind(name, weight.shape) for name, weight in weights.items()}
     figure = Figure(figsize=(15, 17), layout="constrained")
-    figure.suptitle(title, fontsize=14)
+    figure.suptitle(title, fontsize=14, parse_math=False)  # it names a file, which may hold a $
     rows: Any = figure.subfigures(2, 1, height_ratios=[3, 1.15])
     upper, lower = rows
     handles = [Patch(color=color, label=kind) for kind, color in KIND_COLORS.items()]

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Sequence
 
+from utils.common.errors import printable
+
 NO_VALUE = "–"
 # A number with an optional sign, unit or spread: 12, -0.35, 1.2e-05, 99.1 %, 3.9×, 90.1 ± 0.2
 NUMBER = re.compile(r"[-+−]?\d[\d.,]*(e[-+]?\d+)?( ?(%|×|ms|MB))?( ± [\d.]+)?")
@@ -40,4 +42,4 @@ def _format_cell(cell: object) -> str:
         return NO_VALUE
     if isinstance(cell, float):
         return f"{cell:.2f}"
-    return str(cell)
+    return printable(str(cell))
