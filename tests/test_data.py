@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torchvision.datasets import CIFAR10, ImageFolder
 
 from tests.conftest import write_image
@@ -28,8 +28,10 @@ from utils.data.datasets import (
     image_folder,
     load_data,
     measure_normalization,
+    notes_on_size,
     stratified_split,
 )
+from utils.data.image_file import read_image
 
 
 def arguments(dataset, data_dir="data", image_size=None, val_size=None):
@@ -271,13 +273,13 @@ def test_a_class_may_be_missing_from_test(folder):
 def decoded(monkeypatch):
     """The paths of the images that were decoded, as they are."""
     paths = []
-    read = image_folder._read_rgb
+    read = image_folder.read_image
 
     def counted(path, image_size):
         paths.append(path)
         return read(path, image_size)
 
-    monkeypatch.setattr(image_folder, "_read_rgb", counted)
+    monkeypatch.setattr(image_folder, "read_image", counted)
     return paths
 
 
@@ -373,7 +375,68 @@ def test_a_cache_of_something_else_is_made_again(folder):
     torch.save({"weights": 1}, folder / ".images-8.cache")
     (images, _), _, _ = image_folder.load(folder, 8)
     assert reds(images) == [0, 1, 10, 11]
-    assert set(torch.load(cache_of(folder))) == {"signature", "splits"}
+    assert cache_of(folder).stat().st_size == image_folder.HEADER_SIZE + 8 * 8 * 8 * 3
+
+
+@pytest.mark.parametrize("place", [5, 100, 200, -1])
+def test_a_flipped_bit_in_the_cache_is_noticed(folder, decoded, place):
+    first = image_folder.load(folder, 8)
+    content = bytearray(cache_of(folder).read_bytes())
+    content[place] ^= 1
+    cache_of(folder).write_bytes(content)
+    second = image_folder.load(folder, 8)
+    assert len(decoded) == 16
+    assert torch.equal(first[0][0], second[0][0])
+    assert torch.equal(first[1][0], second[1][0])
+
+
+def test_a_cache_that_is_a_link_is_neither_followed_nor_replaced(folder, tmp_path, capsys):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (folder / ".images-8.cache").symlink_to(victim)
+    (images, _), _, _ = image_folder.load(folder, 8)
+    assert reds(images) == [0, 1, 10, 11]
+    assert victim.read_text() == "precious"
+    assert "not a regular file" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no FIFOs")
+def test_a_fifo_does_not_block(folder, capsys):
+    os.mkfifo(folder / ".images-8.cache")
+    (images, _), _, _ = image_folder.load(folder, 8)
+    assert reds(images) == [0, 1, 10, 11]
+    assert "not a regular file" in capsys.readouterr().err
+    os.mkfifo(folder / "train/cat/5.png")
+    with pytest.raises(UserError, match=r"5\.png is not a regular file"):
+        image_folder.load(folder, 8)
+
+
+def test_images_that_do_not_fit_into_the_memory_are_refused(folder):
+    with pytest.raises(UserError, match="smaller --image_size"):
+        image_folder.load(folder, 10**6)
+
+
+def test_the_orientation_of_a_photo_is_applied(tmp_path):
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    pixels[0] = 200  # the upper edge is bright
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees clockwise
+    Image.fromarray(pixels).save(tmp_path / "photo.png", exif=exif)
+    assert read_image(tmp_path / "photo.png", 4)[:, 3, 0].tolist() == [200] * 4
+
+
+def test_small_data_sets_are_commented_on():
+    def split(count):
+        return Split(torch.zeros(count, 3, 4, 4, dtype=torch.uint8), torch.zeros(count, dtype=torch.long))
+
+    data = ImageData(split(27), split(8), split(3), ("cat",))
+    assert [note.split(":")[0] for note in notes_on_size(data, 27)] == [
+        "there is one class",
+        "one of 8 val images is 12.5 points",
+        "an epoch of 27 images is one step",
+    ]
+    assert "no val images" in notes_on_size(ImageData(split(99), split(0), split(3), ("a", "b")), 8)[0]
+    assert notes_on_size(ImageData(split(900), split(100), split(3), ("a", "b")), 8) == []
 
 
 def test_a_folder_that_takes_no_cache_is_read_with_one_note(folder, capsys):
@@ -429,7 +492,7 @@ def unreadable(content):
 
 def a_folder_named_as_an_image(folder):
     (folder / "test" / "dog" / "2.png").mkdir()
-    return f"image {folder / 'test' / 'dog' / '2.png'} cannot be read"
+    return f"image {folder / 'test' / 'dog' / '2.png'} is not a regular file"
 
 
 def a_broken_link(folder):
@@ -480,14 +543,14 @@ def slow_folder(folder, monkeypatch):
     for index in range(MANY):
         os.link(source, folder / "train" / "cat" / f"many {index:05d}.png")
     paths = []
-    read = image_folder._read_rgb
+    read = image_folder.read_image
 
     def slow(path, image_size):
         paths.append(path)
         time.sleep(0.01)
         return read(path, image_size)
 
-    monkeypatch.setattr(image_folder, "_read_rgb", slow)
+    monkeypatch.setattr(image_folder, "read_image", slow)
     return folder, paths
 
 

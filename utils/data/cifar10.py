@@ -28,11 +28,21 @@ def load(data_dir: Path) -> tuple[LabelledImages, LabelledImages, list[str]]:
 
     folder = data_dir / CIFAR10.base_folder
     was_there = folder.exists()
-    if not was_there:
-        print(f"downloading CIFAR-10 into {data_dir}", flush=True)
+    paths = [folder.with_name(CIFAR10.filename), *(folder.iterdir() if folder.is_dir() else ())]
+    for path in paths:
+        if path.exists() and not path.is_file():  # a FIFO would block for ever
+            raise UserError(f"{path} is not a regular file: remove it")
     try:
-        with _network_timeout(NETWORK_TIMEOUT_S), _progress_bar_on_terminals_only():
-            train = CIFAR10(data_dir, train=True, download=True)
+        try:
+            train = CIFAR10(data_dir, train=True)  # checks the files
+        except RuntimeError:
+            for path in paths:
+                if path.is_symlink():
+                    raise UserError(f"{path} is a link, and a download would follow it: remove it") from None
+            if not was_there:
+                print(f"downloading CIFAR-10 into {data_dir}", flush=True)
+            with _network_timeout(NETWORK_TIMEOUT_S), _progress_bar_on_terminals_only():
+                train = CIFAR10(data_dir, train=True, download=True)
         test = CIFAR10(data_dir, train=False)
     except (OSError, RuntimeError, HTTPException) as error:
         state = f"{folder} is damaged" if was_there else f"CIFAR-10 is not in {data_dir}"

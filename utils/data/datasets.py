@@ -19,6 +19,7 @@ VAL_FRACTION_OF_SMALL = 0.1
 # Not --seed: otherwise weights trained with one seed would have seen the val images of another.
 VAL_SPLIT_SEED = 20180113
 DEFAULT_IMAGE_SIZE = 32
+FEW_VAL_IMAGES = 100
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,23 @@ def load_data(args: Namespace, image_size: int | None = None) -> ImageData:
         test_split,
         tuple(class_names),
     )
+
+
+def notes_on_size(data: ImageData, batch_size: int) -> list[str]:
+    """Return what the user should know about a data set that is small for training."""
+    steps, val = len(data.train) // batch_size, len(data.val)
+    notes = []
+    if len(data.class_names) == 1:
+        notes.append("there is one class: every model is right about every image")
+    if not val:
+        notes.append("there are no val images: the last epoch counts as the best")
+    elif val < FEW_VAL_IMAGES:
+        notes.append(f"one of {val} val images is {100 / val:.1f} points: the best epoch is partly chance")
+    if steps <= 1:
+        notes.append(
+            f"an epoch of {len(data.train)} images is one step: give a smaller --batch_size or more --epochs"
+        )
+    return notes
 
 
 def _load_source(

@@ -1,25 +1,27 @@
 """Image folders, DIR/train/<class>/* and DIR/test/<class>/*, decoded once and then cached."""
 
 import hashlib
+import math
 import os
 import random
+import stat
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.common.errors import UserError, one_line
-from utils.common.files import save_torch
+from utils.common.errors import UserError
+from utils.common.files import atomic_write
+from utils.data.image_file import IMAGE_EXTENSIONS, read_image
 
 SPLITS = ("train", "test")
-# torchvision's IMG_EXTENSIONS; importing it takes a second.
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
+HEADER_SIZE = 128
 TEST_ORDER_SEED = 0
 
 LabelledImages = tuple[Tensor, Tensor]
@@ -40,15 +42,25 @@ def load(data_dir: Path, image_size: int) -> tuple[LabelledImages, LabelledImage
         signature = _signature(files, image_size)
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): fix or remove it") from error
+    shapes = {split: (len(files[split]), image_size, image_size, 3) for split in SPLITS}
+    _check_memory(sum(math.prod(shape) for shape in shapes.values()), image_size)
     cache = data_dir / f".images-{image_size}.cache"
-    splits = _read_cache(cache, signature)
-    if splits is None:
-        splits = {split: _decode(data_dir, files[split], class_names, image_size) for split in SPLITS}
-        try:
-            save_torch(cache, {"signature": signature, "splits": splits})
-        except UserError as error:
-            print(f"note: the decoded images are not cached: {error}", file=sys.stderr)
-    return splits["train"], splits["test"], class_names
+    images = _read_cache(cache, signature, shapes)
+    if images is None:
+        images = {split: _decode(data_dir, files[split], image_size) for split in SPLITS}
+        _write_cache(cache, signature, images)
+    label_of = {name: label for label, name in enumerate(class_names)}
+    labels = {split: [label_of[_class_name(file)] for file in files[split]] for split in SPLITS}
+    train, test = ((torch.from_numpy(images[split]), torch.tensor(labels[split])) for split in SPLITS)
+    return train, test, class_names
+
+
+def _check_memory(size: int, image_size: int) -> None:
+    if hasattr(os, "sysconf") and size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise UserError(
+            f"the images of {image_size} pixels take {size / 1e9:.0f} GB, more than this machine's memory: "
+            "give a smaller --image_size"
+        )
 
 
 def _list_images(data_dir: Path) -> tuple[dict[str, list[os.DirEntry]], list[str]]:
@@ -103,28 +115,56 @@ def _class_name(file: os.DirEntry) -> str:
     return file.path.split(os.sep)[-2]
 
 
-def _read_cache(cache: Path, signature: str) -> dict[str, LabelledImages] | None:
+def _read_cache(
+    cache: Path, signature: str, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, np.ndarray] | None:
+    """Return the images of each split, or None if the cache is not a whole one of these files."""
+    content = np.empty(sum(math.prod(shape) for shape in shapes.values()), np.uint8)
     try:
-        content = torch.load(cache, weights_only=True, mmap=True)
-        return content["splits"] if content["signature"] == signature else None
-    except Exception:
-        # Missing, truncated or foreign: whatever is wrong with the cache, decoding again fixes it.
+        with open(cache, "rb", opener=_open_own) as file:
+            header, size = file.read(HEADER_SIZE), file.readinto(content.data)
+            is_whole = size == len(content) and not file.read(1)
+    except OSError:
+        # Whatever is wrong with the cache, decoding again fixes it.
         return None
+    if not is_whole or header != _header(signature, content):
+        return None
+    ends = np.cumsum([math.prod(shape) for shape in shapes.values()])[:-1]
+    parts = np.split(content, ends)
+    return {split: part.reshape(shapes[split]) for split, part in zip(shapes, parts, strict=True)}
 
 
-def _decode(
-    data_dir: Path, files: list[os.DirEntry], class_names: list[str], image_size: int
-) -> LabelledImages:
-    label_of = {name: label for label, name in enumerate(class_names)}
+def _write_cache(cache: Path, signature: str, images: dict[str, np.ndarray]) -> None:
+    content = np.concatenate([part.reshape(-1) for part in images.values()])
+    try:
+        if cache.is_symlink() or (cache.exists() and not cache.is_file()):
+            raise UserError(f"{cache} is not a regular file: remove it")
+        with atomic_write(cache) as temporary, open(temporary, "wb") as file:
+            file.write(_header(signature, content))
+            file.write(content.data)
+    except UserError as error:
+        print(f"note: the decoded images are not cached: {error}", file=sys.stderr)
+
+
+def _header(signature: str, content: np.ndarray) -> bytes:
+    """Return what a cache begins with: hashes of the image files and of their decoded pixels."""
+    return signature.encode() + hashlib.sha256(content.data).hexdigest().encode()
+
+
+def _open_own(path: str, flags: int) -> int:
+    """Open a regular file; a link is not followed, and a FIFO does not block."""
+    descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is not a regular file")
+    return descriptor
+
+
+def _decode(data_dir: Path, files: list[os.DirEntry], image_size: int) -> np.ndarray:
     images = np.empty((len(files), image_size, image_size, 3), np.uint8)
 
     def decode(index: int) -> None:
-        path = files[index].path
-        try:
-            images[index] = np.asarray(_read_rgb(path, image_size))
-        except Exception as error:  # on damaged files, decoders raise errors of every kind
-            reason = one_line(error)[:120] or type(error).__name__
-            raise UserError(f"image {path} cannot be read ({reason}): replace or remove it") from error
+        images[index] = read_image(files[index].path, image_size)
 
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
@@ -140,20 +180,4 @@ def _decode(
     finally:
         # After an unreadable image or Ctrl-C, thousands may still be queued.
         pool.shutdown(cancel_futures=True)
-    return torch.from_numpy(images), torch.tensor([label_of[_class_name(file)] for file in files])
-
-
-def _read_rgb(path: str, image_size: int) -> Image.Image:
-    with Image.open(path) as file:
-        image: Image.Image = file
-        if image.mode.startswith("I"):
-            # Pillow would clip 16-bit gray levels at 255.
-            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-        elif image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers of unknown range")
-        elif "transparency" in image.info:
-            image = image.convert("RGBA")
-        image = image.convert("RGB")
-    if image.size != (image_size, image_size):
-        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
-    return image
+    return images

@@ -15,7 +15,7 @@ from utils.common.devices import DEVICES, add_device_argument, choose_device
 from utils.common.errors import UserError
 from utils.common.files import sha256, unlock
 from utils.data.augmentation import AUGMENTATIONS
-from utils.data.datasets import ImageData, Normalization
+from utils.data.datasets import ImageData, Normalization, notes_on_size
 from utils.data.loader import Loader
 from utils.training.checkpoint import Progress, RunConfig
 from utils.training.compilation import check_compiler
@@ -151,6 +151,8 @@ def training_loader(
     data: ImageData, normalization: Normalization, args: Namespace, limit: int | None = None
 ) -> Loader:
     """Return the shuffled, augmented batches of the training images, at most `limit` per epoch."""
+    for note in notes_on_size(data, args.batch_size):
+        print(f"note: {note}", flush=True)
     return Loader(
         data.train,
         normalization,
