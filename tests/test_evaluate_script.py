@@ -219,7 +219,7 @@ def test_bad_input(evaluate, tiny_weights, tiny_folder, tmp_path):
 
     assert "does not exist" in refused("--weights", tmp_path / "none.pth")
     assert "required: --weights" in refused()
-    assert "'0' must be a whole number of at least 1" in refused("--weights", tiny_weights, "--batch_size", 0)
+    assert "'0' must be a whole number from 1 to" in refused("--weights", tiny_weights, "--batch_size", 0)
     save_weights(tmp_path / "four.pth", Weights(MobileNetV2(4, 0.1)), Namespace())
     assert "has 4 classes, the images have 3" in refused("--weights", tmp_path / "four.pth")
     other = open_weights(tiny_weights)

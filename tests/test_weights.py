@@ -4,6 +4,7 @@ import pickle
 import random
 import zipfile
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 import torchvision
 
 from models import MobileNetV2
-from utils.checkpoints.weights import Weights, check_classes, save_weights
+from utils.checkpoints.weights import Weights, check_classes, complete, save_weights
 from utils.common.errors import UserError
 from utils.data.datasets import ImageData, Normalization, Split
 from utils.open_weights import open_weights
@@ -131,6 +132,10 @@ def test_a_bare_state_dict_of_the_old_file_format_loads(tmp_path, capfd):
     read = open_weights(tmp_path / "old.pth")
     assert_equal_states(read.model.state_dict(), model.state_dict())
     assert read.model.architecture["output_stride"] == 16
+    noted = capfd.readouterr().err
+    assert noted.count("\n") == 1
+    assert "16 is assumed (--output_stride)" in noted
+    open_weights(tmp_path / "old.pth", output_stride=32)
     assert capfd.readouterr().err == ""
 
 
@@ -297,17 +302,93 @@ def test_wrong_dtypes(refused, content, dtype):
     assert f"classifier.1.bias is {dtype}" in refused(content)
 
 
+def test_a_tensor_without_values(refused, content):
+    state = content["state_dict"]
+    state["classifier.1.weight"] = state["classifier.1.weight"].to("meta")
+    assert "classifier.1.weight is torch.float32 (torch.strided, meta)" in refused(content)
+
+
+def test_a_tensor_larger_than_its_memory(refused, content):
+    content["state_dict"]["classifier.1.weight"] = torch.zeros(1).expand(3, 1280)
+    assert "classifier.1.weight is larger than its memory in the file" in refused(content)
+    content["state_dict"]["classifier.1.weight"] = torch.zeros(1).expand(20000, 20000)
+    assert "classifier.1.weight has the shape [20000, 20000], not [3, 1280]" in refused(content)
+
+
+def test_a_negative_variance(refused, content):
+    content["state_dict"]["features.3.conv.1.1.running_var"][2] = -1.0
+    assert "holds a negative variance in features.3.conv.1.1.running_var" in refused(content)
+
+
+def in_itself() -> list:
+    metrics: list = []
+    metrics.append(metrics)
+    return metrics
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("metrics", {"best": torch.float32}, "its metadata holds torch.float32"),
+        ("metrics", {"best": torch.zeros(1)}, "its metadata holds tensor"),
+        ("metrics", {"loss": float("nan")}, "its metadata holds nan"),
+        ("metrics", {"loss": in_itself()}, "nested too deeply"),
+        ("class_names", ["a", "b"], "names 2 classes for 3 outputs"),
+        ("class_names", [1, 2, 3], "the class names are not texts"),
+        ("image_size", 4096, "image_size 4096"),
+        ("image_size", True, "image_size True"),
+        ("image_size", torch.tensor(32), "its metadata holds tensor"),
+        ("normalization", {"mean": [0.5] * 3, "std": [0.2, 0, 0.2]}, "three positive"),
+        ("normalization", {"mean": [0.5] * 3, "std": [torch.tensor(0.2)] * 3}, "its metadata holds tensor"),
+        ("architecture", {"num_classes": 3, "dropout": torch.tensor(0.2)}, "the architecture has 'dropout'"),
+        ("architecture", {"num_classes": 10**9}, "the architecture has 'num_classes'"),
+        ("architecture", {"num_classes": 3, "width_mult": 1e9}, "the architecture has 'width_mult'"),
+        ("architecture", [3], "the architecture is a list"),
+        ("architecture", {"width_mult": 1.0}, "the architecture has no num_classes"),
+        ("state_dict", [1], "its state_dict is a list"),
+    ],
+)
+def test_metadata_of_the_wrong_type_or_size(refused, content, key, value, says):
+    assert says in refused({**content, key: value})
+
+
+def test_a_compressed_archive_is_not_unpacked(refused, tiny_weights):
+    buffer = io.BytesIO()
+    with (
+        zipfile.ZipFile(tiny_weights) as source,
+        zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        for name in source.namelist():
+            archive.writestr(name, source.read(name) + bytes(2**20))
+    assert "is a compressed archive" in refused(buffer.getvalue())
+
+
+def test_a_normalization_that_the_file_lacks_can_be_given(tmp_path, capsys):
+    torch.save(MobileNetV2(num_classes=2, width_mult=0.1).state_dict(), tmp_path / "bare.pth")
+    weights = open_weights(tmp_path / "bare.pth", output_stride=32)
+    split = Split(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]))
+    given = Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    data = ImageData(split, split, split, ("a", "b"), given)
+    assert complete("bare.pth", weights, data).normalization == given
+    assert capsys.readouterr().err == ""
+    complete("bare.pth", weights, replace(data, normalization=None))
+    assert "does not say its normalization" in capsys.readouterr().err
+    own = replace(weights, normalization=Normalization((0.1, 0.1, 0.1), (0.25, 0.25, 0.25)))
+    with pytest.raises(UserError, match="another normalization than --normalization"):
+        complete("bare.pth", own, data)
+
+
 def test_a_sparse_tensor(refused, content):
     state = content["state_dict"]
     state["classifier.1.weight"] = state["classifier.1.weight"].to_sparse()
-    assert "classifier.1.weight is torch.float32 (torch.sparse_coo)" in refused(content)
+    assert "classifier.1.weight is torch.float32 (torch.sparse_coo, cpu)" in refused(content)
 
 
 def test_tensors_that_share_memory_in_the_file_do_not_in_the_model(tmp_path, content):
-    one = torch.ones(())
+    ones = torch.ones(2**20)
     for name, value in content["state_dict"].items():
         if value.is_floating_point():
-            content["state_dict"][name] = one.expand(value.shape)
+            content["state_dict"][name] = ones[: value.numel()].view(value.shape)
     torch.save(content, tmp_path / "shared.pth")
     model = open_weights(tmp_path / "shared.pth").model
     with torch.no_grad():

@@ -10,10 +10,17 @@ from torch import nn
 from models import MobileNetV2
 from models.statistics import model_statistics
 from utils.checkpoints.metadata import Metadata
-from utils.checkpoints.weights import ALL_KINDS, MOBILENETV2_KINDS, Weights, check_classes, is_torchscript
+from utils.checkpoints.weights import (
+    ALL_KINDS,
+    MOBILENETV2_KINDS,
+    Weights,
+    check_classes,
+    choose_normalization,
+    is_torchscript,
+)
 from utils.common.errors import UserError
 from utils.common.files import check_input
-from utils.data.datasets import ImageData, Normalization, measure_normalization
+from utils.data.datasets import ImageData, Normalization
 from utils.deployment.torchscript import to_torchscript
 from utils.deployment.torchscript_reader import read_torchscript
 from utils.open_weights import open_weights
@@ -53,7 +60,7 @@ class ModelFile:
         """
         classes = self.metadata.architecture["num_classes"]
         check_classes(self.path, self.metadata.class_names, classes, data)
-        return self.metadata.normalization or measure_normalization(data)
+        return choose_normalization(self.path, self.metadata.normalization, data)
 
 
 def open_model(

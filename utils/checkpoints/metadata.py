@@ -10,7 +10,10 @@ from utils.data.datasets import Normalization
 FORMAT = "mobilenetv2-torchscript"
 """Packed int8 files carry the same metadata under the same name."""
 FORMAT_VERSION = 1
-LARGEST_IMAGE_SIZE = 4096
+LARGEST_IMAGE_SIZE = 1024
+MOST_CLASSES = 100_000
+DEEPEST = 8
+"""Levels of lists and dictionaries in plain values."""
 VARIANTS = ("float", "ptq_per_tensor", "ptq_per_channel", "qat")
 
 
@@ -69,16 +72,16 @@ class Metadata:
         content = {f.name: content[f.name] for f in fields(cls)}
         if content["variant"] not in VARIANTS:
             raise ValueError(f"it has the unknown variant {content['variant']!r}")
+        check_plain(content)
+        check_architecture(content["architecture"])
         content["normalization"] = parse_normalization(content["normalization"])
-        content["class_names"] = tuple(map(str, content["class_names"]))
-        for name in ("image_size", "parameters", "nonzeros", "macs"):
-            content[name] = int(content[name])
-        for name in ("dense_size_mb", "nonzero_size_mb"):
-            content[name] = float(content[name])
-        classes, outputs = len(content["class_names"]), content["architecture"]["num_classes"]
-        if classes != outputs:
-            raise ValueError(f"it names {classes} classes for {outputs} outputs")
+        content["class_names"] = parse_class_names(
+            content["class_names"], content["architecture"]["num_classes"]
+        )
         check_image_size(content["image_size"])
+        for name in ("parameters", "macs", "nonzeros", "dense_size_mb", "nonzero_size_mb"):
+            if not _is_number(content[name]) or content[name] < (name in ("parameters", "macs")):
+                raise ValueError(f"{name} is {content[name]!r}")
         return cls(**content)
 
 
@@ -88,6 +91,7 @@ def parse_normalization(content: dict[str, Any]) -> Normalization:
     Raises:
         ValueError, KeyError, TypeError: it is not three finite means and three positive deviations.
     """
+    check_plain(content)
     mean, std = (tuple(map(float, content[name])) for name in ("mean", "std"))
     if not (len(mean) == len(std) == 3 and all(map(math.isfinite, mean + std)) and min(std) > 0):
         raise ValueError(f"the normalization {content} is not three means and three positive deviations")
@@ -100,5 +104,61 @@ def check_image_size(image_size: int) -> None:
     Raises:
         ValueError: it is out of range.
     """
-    if not 1 <= image_size <= LARGEST_IMAGE_SIZE:
-        raise ValueError(f"image_size {image_size} is not between 1 and {LARGEST_IMAGE_SIZE}")
+    if not (type(image_size) is int and 1 <= image_size <= LARGEST_IMAGE_SIZE):
+        raise ValueError(f"image_size {image_size!r:.40} is not between 1 and {LARGEST_IMAGE_SIZE}")
+
+
+def check_architecture(architecture: Any) -> None:
+    """Check the arguments of a model's class that a file stores, before a model is built from them.
+
+    Raises:
+        ValueError: one is of another type or out of range.
+    """
+    if not isinstance(architecture, dict):
+        raise ValueError(f"the architecture is a {type(architecture).__name__}")
+    bounds = {
+        "num_classes": (1, MOST_CLASSES),
+        "width_mult": (0.01, 10),
+        "dropout": (0, 1),
+        "output_stride": (8, 32),
+    }
+    for name, value in architecture.items():
+        low, high = bounds.get(name, (0, -1))
+        if not (_is_number(value) and low <= value <= high):
+            raise ValueError(f"the architecture has {name!r:.40} {value!r:.40}")
+    if "num_classes" not in architecture:
+        raise ValueError("the architecture has no num_classes")
+
+
+def parse_class_names(names: Any, num_classes: int) -> tuple[str, ...]:
+    """Return the class names stored in a file.
+
+    Raises:
+        ValueError: they are not one text per output.
+    """
+    if not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
+        raise ValueError("the class names are not texts")
+    if len(names) != num_classes:
+        raise ValueError(f"it names {len(names)} classes for {num_classes} outputs")
+    return tuple(names)
+
+
+def check_plain(value: Any, depth: int = DEEPEST) -> None:
+    """Check that a value consists of numbers, texts, lists and dictionaries, as JSON does.
+
+    Raises:
+        ValueError: it does not, or it is nested too deeply (perhaps in itself).
+    """
+    if depth == 0:
+        raise ValueError("its metadata is nested too deeply")
+    if isinstance(value, dict):
+        check_plain([*value.keys(), *value.values()], depth)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_plain(item, depth - 1)
+    elif not (value is None or isinstance(value, str | bool | int) or _is_number(value)):
+        raise ValueError(f"its metadata holds {value!r:.40}")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)

@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import sys
 import warnings
 import zipfile
 from argparse import ArgumentParser, Namespace
@@ -16,7 +17,13 @@ from torch import Tensor, nn
 from models import MobileNetV2, MobileNetV2Quantization, ResNet18
 from models.mobilenetv2 import OUTPUT_STRIDES
 from utils.checkpoints.foreign import architecture_of
-from utils.checkpoints.metadata import check_image_size, parse_normalization
+from utils.checkpoints.metadata import (
+    check_architecture,
+    check_image_size,
+    check_plain,
+    parse_class_names,
+    parse_normalization,
+)
 from utils.common.errors import UserError, one_line
 from utils.common.files import atomic_write
 from utils.common.runtime import plain, versions
@@ -114,6 +121,12 @@ def weights_from_content(
         )
     if "format" not in content:
         architecture = architecture_of(path, content)
+        if output_stride is None:
+            print(
+                f"note: {path} is a bare state_dict, which does not say its output stride: "
+                f"{architecture['output_stride']} is assumed (--output_stride)",
+                file=sys.stderr,
+            )
         content = {"kind": "float", "architecture": architecture, "state_dict": content}
         content["format_version"] = FORMAT_VERSION
         if kinds == ("qmodel",):
@@ -135,6 +148,8 @@ def read_pickle(path: Path) -> dict[str, Any]:
     """Return the dictionary in a file of torch.save, without running code that it may contain."""
     if is_torchscript(path):
         raise UserError(f"{path} is a TorchScript file: weights (.pth) are wanted here")
+    if _is_compressed(path):
+        raise UserError(f"{path} is a compressed archive, which torch.save does not write: save it again")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -155,6 +170,15 @@ def read_pickle(path: Path) -> dict[str, Any]:
     if "format" in content and _is_damaged(path):
         raise UserError(f"{path} is damaged (a checksum is wrong): write or download it again")
     return content
+
+
+def _is_compressed(path: Path) -> bool:
+    """Return whether an archive unpacks to more than its size."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(member.file_size for member in archive.infolist()) > path.stat().st_size
+    except Exception:  # not an archive, or a damaged one, which torch.load reports
+        return False
 
 
 def _is_damaged(path: Path) -> bool:
@@ -198,6 +222,27 @@ def check_classes(
         )
 
 
+def choose_normalization(
+    path: str | os.PathLike, own: Normalization | None, data: ImageData
+) -> Normalization:
+    """Return the normalization of a file, or else that of --normalization or of the training images.
+
+    Raises:
+        UserError: --normalization differs from that of the file.
+    """
+    if own is None:
+        if data.normalization is None:
+            print(
+                f"note: {path} does not say its normalization: that of the training images is assumed "
+                "(--normalization)",
+                file=sys.stderr,
+            )
+        return measure_normalization(data)
+    if data.normalization not in (None, own):
+        raise UserError(f"{path} has another normalization than --normalization: leave that out")
+    return own
+
+
 def complete(path: str | os.PathLike, weights: Weights, data: ImageData) -> CompleteWeights:
     """Check weights against the data set and return them with all metadata.
 
@@ -211,7 +256,7 @@ def complete(path: str | os.PathLike, weights: Weights, data: ImageData) -> Comp
         model=weights.model,
         kind=weights.kind,
         class_names=data.class_names,
-        normalization=weights.normalization or measure_normalization(data),
+        normalization=choose_normalization(path, weights.normalization, data),
         image_size=data.test.images.shape[-1],
         metrics=weights.metrics,
     )
@@ -219,43 +264,59 @@ def complete(path: str | os.PathLike, weights: Weights, data: ImageData) -> Comp
 
 def _rebuild(path: Path, content: dict[str, Any], output_stride: int | None) -> Weights:
     try:
+        check_architecture(content["architecture"])
+        check_plain([content.get("image_size"), content.get("metrics")])
         architecture = dict(content["architecture"])
         if output_stride is not None:
             architecture["output_stride"] = output_stride
-        # On "meta" nothing is allocated, so an absurd width fails before it can fill the memory.
+        # On "meta" nothing is allocated.
         with torch.device("meta"):
             model: nn.Module = MODEL_CLASSES[content["kind"]](**architecture)
-        state = content["state_dict"]
-        # Assignment keeps the dtypes of the file, so check that they are those of the model.
-        for name, value in model.state_dict().items():
-            found = state.get(name)
-            if isinstance(found, Tensor) and (found.dtype, found.layout) != (value.dtype, value.layout):
-                raise TypeError(f"{name} is {found.dtype} ({found.layout}), not {value.dtype}")
-        # Copy, because tensors in a file may share memory.
-        model.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
+        model.load_state_dict(_checked_state(content["state_dict"], model.state_dict()), assign=True)
         for parameter in model.parameters():
             parameter.requires_grad_(True)
         names, normalization = content.get("class_names"), content.get("normalization")
         weights = Weights(
             model=model.eval(),
             kind=content["kind"],
-            class_names=tuple(map(str, names)) if names else None,
+            class_names=parse_class_names(names, architecture["num_classes"]) if names else None,
             normalization=parse_normalization(normalization) if normalization else None,
-            image_size=int(content.get("image_size", DEFAULT_IMAGE_SIZE)),
+            image_size=content.get("image_size", DEFAULT_IMAGE_SIZE),
             metrics=dict(content.get("metrics", {})),
         )
         check_image_size(weights.image_size)
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
         model_name = MODEL_CLASSES[content["kind"]].__name__
         raise UserError(f"{path} does not fit {model_name} ({one_line(error)[:200]})") from error
-    if weights.class_names and len(weights.class_names) != architecture["num_classes"]:
-        raise UserError(
-            f"{path} names {len(weights.class_names)} classes for {architecture['num_classes']} outputs"
-        )
     for name, value in model.state_dict().items():
         if not torch.isfinite(value).all():
             raise UserError(f"{path} holds NaN or infinity in {name}: the training diverged")
+        if name.endswith("running_var") and (value < 0).any():
+            raise UserError(f"{path} holds a negative variance in {name}: it is damaged")
     return weights
+
+
+def _checked_state(state: Any, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of the tensors of a file, which may share memory there.
+
+    Raises:
+        ValueError: a name, type or shape differs, or a tensor is larger than its memory in the file.
+    """
+    if not isinstance(state, dict):
+        raise ValueError(f"its state_dict is a {type(state).__name__}")
+    for name in state.keys() ^ expected.keys():
+        raise ValueError(f"{name!r:.80} is {'unknown' if name in state else 'missing'}")
+    for name, wanted in expected.items():
+        found = state[name]
+        if not isinstance(found, Tensor):
+            raise ValueError(f"{name} is a {type(found).__name__}")
+        if (found.dtype, found.layout, found.device.type) != (wanted.dtype, wanted.layout, "cpu"):
+            raise ValueError(f"{name} is {found.dtype} ({found.layout}, {found.device}), not {wanted.dtype}")
+        if found.shape != wanted.shape:
+            raise ValueError(f"{name} has the shape {list(found.shape)}, not {list(wanted.shape)}")
+        if found.untyped_storage().nbytes() < found.numel() * found.element_size():
+            raise ValueError(f"{name} is larger than its memory in the file")
+    return {name: value.clone() for name, value in state.items()}
 
 
 def add_output_stride_argument(parser: ArgumentParser) -> None:

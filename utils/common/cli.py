@@ -109,7 +109,7 @@ def percent(text: str) -> float:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --dataset, --data_dir, --image_size and --val_size."""
+    """Add --dataset, --data_dir, --image_size, --val_size and --normalization."""
     group = parser.add_argument_group("images")
     group.add_argument(
         "--dataset",
@@ -129,6 +129,13 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--val_size",
         type=non_negative_int,
         help="training images held out for validation (default: 5000, or 10 %% of fewer than 50000)",
+    )
+    group.add_argument(
+        "--normalization",
+        type=non_negative_float,
+        nargs=6,
+        metavar=("MEAN_R", "MEAN_G", "MEAN_B", "STD_R", "STD_G", "STD_B"),
+        help="of pixels from 0 to 1 (default: as in the weights file, else measured on the training images)",
     )
 
 

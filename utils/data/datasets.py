@@ -55,6 +55,8 @@ class ImageData:
     val: Split
     test: Split
     class_names: tuple[str, ...]
+    normalization: Normalization | None = None
+    """That of --normalization, if it was given."""
 
     def split(self, name: str) -> Split:
         """Return the split `train`, `val` or `test`.
@@ -94,7 +96,17 @@ def load_data(args: Namespace, image_size: int | None = None) -> ImageData:
         train_split.subset(val_indices),
         test_split,
         tuple(class_names),
+        _given_normalization(args),
     )
+
+
+def _given_normalization(args: Namespace) -> Normalization | None:
+    given = getattr(args, "normalization", None)
+    if given is None:
+        return None
+    if min(given[3:]) <= 0:
+        raise UserError("--normalization takes three means and three standard deviations above 0")
+    return Normalization(tuple(given[:3]), tuple(given[3:]))
 
 
 def notes_on_size(data: ImageData, batch_size: int) -> list[str]:
@@ -129,7 +141,9 @@ def _load_source(
 
 
 def measure_normalization(data: ImageData) -> Normalization:
-    """Return the channel means and standard deviations of the training images."""
+    """Return the channel means and standard deviations of the training images, unless they were given."""
+    if data.normalization is not None:
+        return data.normalization
     pixels = data.train.images.permute(1, 0, 2, 3).reshape(3, -1)
     # Exact and fast: the mean and deviation of a channel follow from its histogram of 256 values.
     counts = np.stack([torch.bincount(channel, minlength=256).numpy() for channel in pixels])
