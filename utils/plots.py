@@ -106,9 +106,8 @@ def plot_model(
     for axis in axes:
         axis.set_axisbelow(True)
         axis.grid(axis="y", alpha=0.4)
-    labels = [name.removeprefix("features.") for name in weights]
     axes[-1].set_xlim(-0.7, len(weights) - 0.3)
-    axes[-1].set_xticks(places, labels, rotation=90, fontsize=8)
+    axes[-1].set_xticks(places, [name.removeprefix("features.") for name in weights], rotation=90, fontsize=8)
     axes[-1].set_xlabel("layer, as in the CSV without “features.”; each shade is a block")
 
     panels = lower.subplots(1, len(LAYER_KINDS))
