@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from models import MobileNetV2
-from utils.checkpoints.weights import add_output_stride_argument, check_classes
+from utils.checkpoints.weights import add_output_stride_argument, complete
 from utils.common import cli, errors, runtime
 from utils.common.errors import UserError
 from utils.common.tables import format_table
@@ -38,9 +38,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--weights", help="weights file to scan (default: random weights)")
     add_output_stride_argument(parser)
-    parser.add_argument(
-        "--sparsities", type=cli.fraction, nargs="+", default=[0.5, 0.7, 0.9], help="fractions KEPT"
-    )
+    kept = [0.5, 0.7, 0.9]
+    parser.add_argument("--sparsities", type=cli.fraction, nargs="+", default=kept, help="fractions KEPT")
     parser.add_argument("--images", type=cli.positive_int, help="of the test split (default: all)")
     parser.add_argument("--every", type=cli.positive_int, default=1, help="scan every n-th layer only")
     parser.add_argument("--batch_size", type=cli.positive_int, default=250, help="images per batch")
@@ -56,18 +55,16 @@ def load(args: argparse.Namespace) -> tuple[MobileNetV2, Loader]:
     """Return the model to scan, opened or random, and the images to scan it on."""
     weights = open_weights(args.weights, output_stride=args.output_stride) if args.weights else None
     data = load_data(args, weights.image_size if weights else None)
-    normalization = (weights and weights.normalization) or measure_normalization(data)
     split = data.test.subset(torch.arange(min(args.images or len(data.test), len(data.test))))
-    loader = Loader(split, normalization, args.batch_size)
     if weights:
-        assert isinstance(weights.model, MobileNetV2)
-        check_classes(args.weights, weights.class_names, weights.model.architecture["num_classes"], data)
-        return weights.model, loader
+        weights = complete(args.weights, weights, data)
+        return weights.model, Loader(split, weights.normalization, args.batch_size)
+    normalization = measure_normalization(data)
     model = MobileNetV2(len(data.class_names), output_stride=args.output_stride or 16).train()
     with torch.no_grad():
         for images, _ in Loader(data.train, normalization, 64, limit=SETTLING_BATCHES):
             model(images)
-    return model, loader
+    return model, Loader(split, normalization, args.batch_size)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -4,8 +4,8 @@ Usual: MobileNetV2 as torchvision builds it, in contiguous NCHW, a DataLoader ov
 torchvision's random crop and flip, SGD with Nesterov momentum. Ours: the same model, batch size, kind of
 augmentation and optimizer through our loader, training kernels and loop, in float32 and, where the CPU
 computes with it, in bfloat16 (`train.py --amp`). With --ablation: our loop with our kernels against our loop
-on torch's own operations. Each side runs in a process of its own, since ours also sets up the allocator. They
-take turns of a few steps each, and medians of the rounds are compared.
+on torch's own operations, both in float32 and in bfloat16. Each side runs in a process of its own, since ours
+also sets up the allocator. They take turns of a few steps each, and medians of the rounds are compared.
 """
 
 import argparse
@@ -13,20 +13,20 @@ import dataclasses
 import functools
 import itertools
 import multiprocessing
-import operator
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, default_collate
 
 from models import MobileNetV2
 from models.mobilenetv2 import OUTPUT_STRIDES
@@ -44,190 +44,116 @@ from utils.training.precision import is_fast_in_bfloat16
 LR = 0.01
 WORKERS = 2
 Data = tuple[Split, Normalization]
+Train = Callable[[int], None]
+"""Trains on as many further batches."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """What is timed."""
-
-    output_stride: int
-    batch_size: int
+def augmented(transform: Callable, samples: list[tuple[Image.Image, int]]) -> list[torch.Tensor]:
+    """Return a batch of images, each transformed on its own, and of labels."""
+    return default_collate([(transform(image), label) for image, label in samples])
 
 
-class PillowImages(Dataset):
-    """A split as the usual data sets give it: one PIL image and one label at a time."""
+def usual_loop(data: Data, output_stride: int, batch_size: int) -> Train:
+    """Train as the well-known CIFAR repos do."""
+    from torchvision import transforms  # takes a second, and --help does not need it
 
-    def __init__(self, split: Split, transform: Callable) -> None:
-        self.images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in split.images]
-        self.labels = split.labels.tolist()
-        self.transform = transform
+    split, normalization = data
+    augment = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
+    normalize = [transforms.ToTensor(), transforms.Normalize(normalization.mean, normalization.std)]
+    collate = functools.partial(augmented, transforms.Compose([*augment, *normalize]))
+    images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in split.images]
+    samples: Any = list(zip(images, split.labels.tolist(), strict=True))
+    workers: Any = {"num_workers": WORKERS, "persistent_workers": True, "collate_fn": collate}
+    loader = DataLoader(samples, batch_size, shuffle=True, drop_last=True, **workers)
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    # torchvision's model has no output stride; ours has its layers and none of our speed-ups.
+    model = MobileNetV2(output_stride=output_stride).train()
+    criterion = nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, nesterov=True)
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        """Return the augmented image and its label."""
-        return self.transform(self.images[index]), self.labels[index]
-
-
-class UsualLoop:
-    """Trains as the well-known CIFAR repos do."""
-
-    def __init__(self, split: Split, normalization: Normalization, case: Case) -> None:
-        from torchvision import transforms  # takes a second, and --help does not need it
-
-        transform = transforms.Compose(
-            [
-                transforms.RandomCrop(32, padding=4),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(normalization.mean, normalization.std),
-            ]
-        )
-        self.loader = DataLoader(
-            PillowImages(split, transform),
-            case.batch_size,
-            shuffle=True,
-            num_workers=WORKERS,
-            drop_last=True,
-            persistent_workers=True,
-        )
-        # torchvision's model has no output stride; ours has its layers and none of our speed-ups.
-        self.model = MobileNetV2(output_stride=case.output_stride).train()
-        self.criterion = nn.CrossEntropyLoss()
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=LR, momentum=MOMENTUM, nesterov=True)
-        self.batches: Iterator[list[torch.Tensor]] = iter(())
-
-    def step(self, count: int) -> None:
-        """Train on the next `count` batches."""
-        for _ in range(count):
-            batch = next(self.batches, None)
-            if batch is None:
-                self.batches = iter(self.loader)
-                batch = next(self.batches)
-            images, labels = batch
-            self.optimizer.zero_grad()
-            loss = self.criterion(self.model(images), labels)
+    def train(count: int) -> None:
+        for images, labels in itertools.islice(batches, count):
+            optimizer.zero_grad()
+            loss = criterion(model(images), labels)
             loss.backward()
-            self.optimizer.step()
+            optimizer.step()
             loss.item()
 
-
-class OurLoop:
-    """Trains as train.py does, with `--amp` or without; `kernels=False` leaves every layer to torch."""
-
-    def __init__(
-        self, split: Split, normalization: Normalization, case: Case, amp: bool = False, kernels: bool = True
-    ) -> None:
-        runtime.keep_freed_memory()
-        self.amp = amp
-        self.model = MobileNetV2(output_stride=case.output_stride).to(memory_format=torch.channels_last)
-        if kernels:
-            use_fast_layers(self.model)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=LR, momentum=MOMENTUM, nesterov=True, fused=True
-        )
-        self.loader = Loader(
-            split, normalization, case.batch_size, shuffle=True, augment="crop_flip", drop_last=True
-        )
-
-    def step(self, count: int) -> None:
-        """Train on the first `count` batches of the next epoch."""
-        self.loader = dataclasses.replace(self.loader, limit=count, epoch=self.loader.epoch + 1)
-        train_one_epoch(self.model, self.loader, self.optimizer, cross_entropy(), [], self.amp)
+    return train
 
 
-SIDES: dict[str, Callable[[Split, Normalization, Case], UsualLoop | OurLoop]] = {
-    "usual": UsualLoop,
-    "without_kernels": functools.partial(OurLoop, kernels=False),
-    "ours": OurLoop,
-    "ours_amp": functools.partial(OurLoop, amp=True),
+def our_loop(
+    data: Data, output_stride: int, batch_size: int, amp: bool = False, kernels: bool = True
+) -> Train:
+    """Train as train.py does, with `--amp` or without; `kernels=False` leaves every layer to torch."""
+    runtime.keep_freed_memory()
+    model = MobileNetV2(output_stride=output_stride).to(memory_format=torch.channels_last)
+    if kernels:
+        use_fast_layers(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, nesterov=True, fused=True)
+    loader = Loader(*data, batch_size, shuffle=True, augment="crop_flip", drop_last=True)
+    epochs = itertools.count(1)
+
+    def train(count: int) -> None:
+        batches = dataclasses.replace(loader, limit=count, epoch=next(epochs))
+        train_one_epoch(model, batches, optimizer, cross_entropy(), [], amp)
+
+    return train
+
+
+SIDES: dict[str, Callable[[Data, int, int], Train]] = {
+    "usual": usual_loop,
+    "without_kernels": functools.partial(our_loop, kernels=False),
+    "without_kernels_amp": functools.partial(our_loop, kernels=False, amp=True),
+    "ours": our_loop,
+    "ours_amp": functools.partial(our_loop, amp=True),
 }
-COLUMNS = {
-    "output_stride": "output stride",
-    "batch_size": "batch size",
-    "usual_images_per_s": "usual img/s",
-    "without_kernels_images_per_s": "without kernels img/s",
-    "ours_images_per_s": "ours img/s",
-    "ours_amp_images_per_s": "with --amp",
-    "ours_ratio": "ratio",
-    "ours_amp_ratio": "with --amp",
-}
-"""What is recorded, and the header that is printed above it."""
 
 
-def serve(connection: Connection, side: str, case: Case, data: Data, threads: int) -> None:
+def serve(connection: Connection, side: str, threads: int, data: Data, *case: int) -> None:
     """Train, in a process of its own, as many steps as asked for, and answer with the seconds."""
     torch.set_num_threads(threads)
-    loop = SIDES[side](*data, case)
+    train = SIDES[side](data, *case)
     while count := connection.recv():
         start = time.perf_counter()
-        loop.step(count)
+        train(count)
         connection.send(time.perf_counter() - start)
 
 
 def time_case(
-    case: Case, sides: list[str], data: Data, threads: int, rounds: int, steps: int
-) -> dict[str, list[float]]:
+    sides: list[str], data: Data, output_stride: int, batch_size: int, images: int, rounds: int
+) -> dict[str, np.ndarray]:
     """Return the images per second of each side in each round."""
     context = multiprocessing.get_context("spawn")
-    connections, processes = {}, []
-    speeds: dict[str, list[float]] = {side: [] for side in sides}
+    connections = {}
     for side in sides:
         connections[side], theirs = context.Pipe()
+        case = (theirs, side, torch.get_num_threads(), data, output_stride, batch_size)
         # Not daemonic: the usual loop has worker processes of its own.
-        process = context.Process(target=serve, args=(theirs, side, case, data, threads))
-        process.start()
+        context.Process(target=serve, args=case).start()
         theirs.close()  # so that `recv` fails, rather than waits, if the process dies
-        processes.append(process)
-    for round_ in range(-1, rounds):
-        for side, connection in connections.items():
-            connection.send(steps)
-            seconds = connection.recv()
-            # The first round warms up: workers start, buffers are allocated, kernels are chosen.
-            if round_ >= 0:
-                speeds[side].append(steps * case.batch_size / seconds)
+    speeds: dict[str, list[float]] = {side: [] for side in sides}
+    steps = max(1, images // batch_size)
+    for side, connection in [*connections.items()] * (rounds + 1):
+        connection.send(steps)
+        speeds[side].append(steps * batch_size / connection.recv())
     for connection in connections.values():
         connection.send(0)
-    for process in processes:
+    for process in multiprocessing.active_children():
         process.join()
-    return speeds
-
-
-def case_results(case: Case, speeds: dict[str, list[float]]) -> dict[str, float]:
-    """Return the medians of a case; ratios are to the first side, taken within each round."""
-    baseline, *others = speeds
-    medians = {f"{side}_images_per_s": statistics.median(values) for side, values in speeds.items()}
-    ratios = {
-        f"{side}_ratio": statistics.median(map(operator.truediv, speeds[side], speeds[baseline]))
-        for side in others
-    }
-    return dataclasses.asdict(case) | medians | ratios
+    # The first round warms up: workers start, buffers are allocated, kernels are chosen.
+    return {side: np.array(values[1:]) for side, values in speeds.items()}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = cli.ArgumentParser(__doc__)
-    parser.add_argument(
-        "--quick", action="store_true", help="one case, few rounds, drawn images: 50 s at most"
-    )
-    parser.add_argument(
-        "--ablation", action="store_true", help="compare our loop with and without our training kernels"
-    )
-    parser.add_argument(
-        "--output_strides",
-        type=int,
-        nargs="+",
-        choices=OUTPUT_STRIDES,
-        default=[32, 16, 8],
-        help="of the model",
-    )
-    parser.add_argument(
-        "--batch_sizes", type=cli.positive_int, nargs="+", default=[32, 128], help="images per step"
-    )
-    parser.add_argument(
-        "--rounds", type=cli.positive_int, default=7, help="rounds, in each of which every side trains once"
-    )
+    parser.add_argument("--quick", action="store_true", help="one case, few rounds: 50 s at most")
+    parser.add_argument("--ablation", action="store_true", help="time our loop with and without kernels")
+    strides: Any = {"choices": OUTPUT_STRIDES, "default": [32, 16, 8], "help": "of the model"}
+    parser.add_argument("--output_strides", type=int, nargs="+", **strides)
+    parser.add_argument("--batch_sizes", type=cli.positive_int, nargs="+", default=[32, 128], help="per step")
+    parser.add_argument("--rounds", type=cli.positive_int, default=7, help="in which every side trains once")
     parser.add_argument("--images", type=cli.positive_int, default=768, help="images per round and side")
     cli.add_data_arguments(parser)
     parser.set_defaults(dataset="synthetic")
@@ -245,28 +171,35 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--ablation compares kernels, which need a C++ compiler such as g++: install one")
     if args.quick:
         args.output_strides, args.batch_sizes, args.rounds, args.images = [32], [128], 3, 512
-    if args.ablation:
-        sides = ["without_kernels", "ours"]
-    else:
-        sides = ["usual", "ours", *(["ours_amp"] if is_fast_in_bfloat16() else [])]
+    amp = ["", "_amp"] if is_fast_in_bfloat16() else [""]
+    others = [f"without_kernels{suffix}" for suffix in amp] if args.ablation else ["usual"]
+    ours = [f"ours{suffix}" for suffix in amp]
     images = load_data(args)
-    split = images.train.subset(torch.arange(min(len(images.train), 4096)))
-    data, threads = (split, measure_normalization(images)), torch.get_num_threads()
+    data = images.train.subset(torch.arange(min(len(images.train), 4096))), measure_normalization(images)
+    count = min(args.images, len(data[0]))
     rows = []
-    for case in itertools.starmap(Case, itertools.product(args.output_strides, args.batch_sizes)):
-        steps = max(1, min(args.images, len(split)) // case.batch_size)
-        rows.append(case_results(case, time_case(case, sides, data, threads, args.rounds, steps)))
-    print(f"torch {torch.__version__}, {runtime.cpu_name()}, {threads} threads\n")
-    print(format_table([COLUMNS[name] for name in rows[0]], [list(row.values()) for row in rows]))
+    for stride, batch_size in itertools.product(args.output_strides, args.batch_sizes):
+        speeds = time_case([*others, *ours], data, stride, batch_size, count, args.rounds)
+        medians = {side: float(np.median(values)) for side, values in speeds.items()}
+        row: dict[str, float] = {"output_stride": stride, "batch_size": batch_size}
+        row |= {f"{side}_images_per_s": median for side, median in medians.items()}
+        baseline, *compared = speeds
+        row |= {f"{side}_ratio": float(np.median(speeds[side] / speeds[baseline])) for side in compared}
+        fastest, other = (max(group, key=medians.__getitem__) for group in (ours, others))
+        # Of the two that are the fastest by their medians.
+        ratio = float(np.median(speeds[fastest] / speeds[other]))
+        rows.append(row | ({"kernels_ratio": ratio} if args.ablation else {}))
+    print(f"torch {torch.__version__}, {runtime.cpu_name()}, {torch.get_num_threads()} threads\n")
+    headers = [name.replace("images_per_s", "img/s").replace("_", " ") for name in rows[0]]
+    print(format_table(headers, [list(row.values()) for row in rows]))
     if args.record:
         runtime.write_record(args.record, args, {"cases": rows})
-    last = rows[-1]
-    fastest = max(("ours_ratio", "ours_amp_ratio"), key=lambda name: last.get(name, 0))
+    sides = f"ours{' with --amp' if fastest == 'ours_amp' else ''} against the usual loop"
+    if args.ablation:
+        sides = "the fastest with our kernels against the fastest without"
     print(
-        f"ratio {last[fastest]:.2f} (training throughput, images/s at output stride "
-        f"{last['output_stride']} and batch {last['batch_size']}, "
-        f"ours{' with --amp' if 'amp' in fastest else ''} against "
-        f"{'ours without kernels' if args.ablation else 'the usual loop'})"
+        f"ratio {ratio:.2f} (training throughput, images/s at output stride {stride} and batch {batch_size}, "
+        f"{sides})"
     )
 
 

@@ -21,8 +21,14 @@ from utils.common.tables import format_table
 
 ACCEPTED_LOSS_OF_A_LAYER = 2.0
 """Points of accuracy on val that pruning a layer alone may cost in the demo."""
-VARIANTS = ("float", "pruned", "pruned, PTQ per tensor", "pruned, PTQ per channel", "pruned, QAT")
-"""In the order in which their files are evaluated and timed."""
+VARIANTS = {
+    "float": "float.pth",
+    "pruned": "pruned.pth",
+    "pruned, PTQ per tensor": "scripted_weights/mobilenetv2_ptq_per_tensor.pt",
+    "pruned, PTQ per channel": "scripted_weights/mobilenetv2_ptq_per_channel.pt",
+    "pruned, QAT": "scripted_weights/mobilenetv2_qat.pt",
+}
+"""Their files, in the order in which they are evaluated and timed."""
 CHAIN = """
 train the float model
   train.py {images} --batch_size 128 --epochs {epochs} --lr {lr} --width_mult {width_mult}
@@ -45,25 +51,11 @@ quantize after training
 quantize while training
   quantization_aware_training.py {images} --batch_size 128 --epochs {qat_epochs} --lr 0.001
   --weights {to}/qmodel.pth --output {to}/scripted_weights/mobilenetv2_qat.pt
-evaluate: float
-  evaluate.py {images} --weights {to}/float.pth --record {to}/records/evaluate_0.json
-evaluate: pruned
-  evaluate.py {images} --weights {to}/pruned.pth --record {to}/records/evaluate_1.json
-evaluate: pruned, PTQ per tensor
-  evaluate.py {images} --weights {to}/scripted_weights/mobilenetv2_ptq_per_tensor.pt
-  --record {to}/records/evaluate_2.json
-evaluate: pruned, PTQ per channel
-  evaluate.py {images} --weights {to}/scripted_weights/mobilenetv2_ptq_per_channel.pt
-  --record {to}/records/evaluate_3.json
-evaluate: pruned, QAT
-  evaluate.py {images} --weights {to}/scripted_weights/mobilenetv2_qat.pt
-  --record {to}/records/evaluate_4.json
 measure latency
-  scripts/benchmarks.py {seeded} --rounds {rounds} --model_file {to}/float.pth {to}/pruned.pth
-  {to}/scripted_weights/mobilenetv2_ptq_per_tensor.pt {to}/scripted_weights/mobilenetv2_ptq_per_channel.pt
-  {to}/scripted_weights/mobilenetv2_qat.pt --record {to}/records/benchmark.json
+  scripts/benchmarks.py {seeded} --rounds {rounds} --record {to}/records/benchmark.json --model_file {files}
 """
-"""The title of each step, and its command with the arguments of the demo in braces."""
+"""The title of each step, and its command with the arguments of the demo in braces. Before the last step
+every variant is evaluated."""
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -74,14 +66,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=cli.positive_int, default=8, help="of training the float model")
     parser.add_argument("--lr", type=cli.positive_float, default=0.1, help="of training the float model")
     parser.add_argument("--recovery_epochs", type=cli.positive_int, default=3, help="after pruning")
-    parser.add_argument(
-        "--qat_epochs", type=cli.positive_int, default=1, help="of quantization-aware training"
-    )
+    parser.add_argument("--qat_epochs", type=cli.positive_int, default=1, help="while quantizing")
     parser.add_argument("--width_mult", type=cli.width_mult, default=0.5, help="as train.py's")
     parser.add_argument("--output_stride", type=cli.positive_int, default=16, help="as train.py's")
-    parser.add_argument(
-        "--sparsities", type=cli.fraction, nargs="+", default=[0.25, 0.5, 0.75], help="as the scan's"
-    )
+    scanned = [0.25, 0.5, 0.75]
+    parser.add_argument("--sparsities", type=cli.fraction, nargs="+", default=scanned, help="as the scan's")
     parser.add_argument("--rounds", type=cli.positive_int, default=200, help="of the benchmark")
     cli.add_data_arguments(parser)
     parser.set_defaults(dataset="synthetic")
@@ -101,62 +90,49 @@ def run_chain(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         UserError: a script failed; it has said why.
     """
     seeded = f"--seed {args.seed} --force" + (f" --threads {args.threads}" if args.threads else "")
+    to = shlex.quote(str(folder))
     values = vars(args) | {
         "seeded": seeded,
         "images": f"{shlex.join(data_flags(args))} {seeded}",
         "sparsities": " ".join(map(str, args.sparsities)),
-        "to": shlex.quote(str(folder)),
+        "to": to,
+        "files": " ".join(f"{to}/{file}" for file in VARIANTS.values()),
     }
-    steps = re.split(r"\n(?=\S)", CHAIN.strip())
+    *steps, last = [step.split("\n", 1) for step in re.split(r"\n(?=\S)", CHAIN.strip())]
+    for index, (variant, file) in enumerate(VARIANTS.items()):
+        command = "evaluate.py {images} --weights {to}/" + file
+        steps.append([f"evaluate: {variant}", f"{command} --record {{to}}/records/evaluate_{index}.json"])
     done = []
-    for number, step in enumerate(steps, 1):
-        title, command = step.split("\n", 1)
+    for number, (title, command) in enumerate([*steps, last], 1):
         if "{threshold}" in command:
             threshold = recorded(folder, "train")["val_accuracy_pct"] - ACCEPTED_LOSS_OF_A_LAYER
             values["threshold"] = f"{max(1.0, threshold):.2f}"
         argv = shlex.split(command.format_map(values))
-        done.append({"title": title, **run_script(f"[{number}/{len(steps)}] {title}", *argv)})
+        done.append({"title": title, **run_script(f"[{number}/{len(steps) + 1}] {title}", *argv)})
     return done
 
 
 def measured(folder: Path) -> list[dict[str, Any]]:
     """Return accuracy, size, density and latency of each variant, as the scripts have recorded them."""
     rows = []
-    for index, (variant, timed) in enumerate(
-        zip(VARIANTS, recorded(folder, "benchmark")["files"], strict=True)
-    ):
+    for index, timed in enumerate(recorded(folder, "benchmark")["files"]):
         evaluated = recorded(folder, f"evaluate_{index}")
-        rows.append(
-            {
-                "variant": variant,
-                "accuracy_pct": evaluated["accuracy_pct"],
-                "size_mb": evaluated["file_size_mb"],
-                "density": evaluated["density"],
-                "latency_ms": timed["median_latency_ms"],
-            }
-        )
+        row = {"variant": [*VARIANTS][index], "accuracy_pct": evaluated["accuracy_pct"]}
+        row |= {"size_mb": evaluated["file_size_mb"], "density": evaluated["density"]}
+        rows.append(row | {"latency_ms": timed["median_latency_ms"]})
     return rows
 
 
 def format_summary(rows: list[dict[str, Any]]) -> str:
     """Return the closing table, each number against the float model's."""
-    base = rows[0]
-    return format_table(
-        ["variant", "accuracy %", "points", "size MB", "of float", "density", "latency ms", "speed-up"],
-        [
-            [
-                row["variant"],
-                f"{row['accuracy_pct']:.2f}",
-                f"{row['accuracy_pct'] - base['accuracy_pct']:+.2f}",
-                f"{row['size_mb']:.2f}",
-                f"{row['size_mb'] / base['size_mb']:.2f}×",
-                f"{row['density']:.3f}",
-                f"{row['latency_ms']:.2f}",
-                f"{base['latency_ms'] / row['latency_ms']:.2f}×",
-            ]
-            for row in rows
-        ],
-    )
+    base, cells = rows[0], []
+    for row in rows:
+        points = f"{row['accuracy_pct'] - base['accuracy_pct']:+.2f}"
+        sizes = [row["size_mb"], f"{row['size_mb'] / base['size_mb']:.2f}×", f"{row['density']:.3f}"]
+        times = [row["latency_ms"], f"{base['latency_ms'] / row['latency_ms']:.2f}×"]
+        cells.append([row["variant"], row["accuracy_pct"], points, *sizes, *times])
+    headers = ["variant", "accuracy %", "points", "size MB", "of float", "density", "latency ms", "speed-up"]
+    return format_table(headers, cells)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Plot a model file: density and size of each layer, weight histograms, bytes.
+"""Plot a model file: density and size of each layer, weight histograms, the bytes of a packed file.
 
 Takes every file that evaluate.py takes. With --before, the histograms compare the weights with those of
 another file of the same architecture, such as the model before pruning; if only one of the two has folded
@@ -14,8 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.common import cli, errors, files, runtime
 from utils.common.errors import UserError
 from utils.open_model import ModelFile, open_model
-from utils.packing.pack import format_sizes
-from utils.plots import file_bytes, has_batch_norms, layer_weights, plot_model
+from utils.packing.format import is_packed
+from utils.packing.pack import format_sizes, packed_sizes
+from utils.plots import has_batch_norms, layer_weights, plot_model
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -44,7 +45,7 @@ def check_same_architecture(before: ModelFile, after: ModelFile) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Open the files, draw, print where the bytes go."""
+    """Open the files, draw, print where the bytes of a packed file go."""
     runtime.check_outputs(args, "o")
     after = open_model(args.weights)
     compared = {"weights": after}
@@ -53,14 +54,15 @@ def main(args: argparse.Namespace) -> None:
         check_same_architecture(*compared.values())
     fold = not all(map(has_batch_norms, compared.values()))
     histograms = {name: layer_weights(file, fold) for name, file in compared.items()}
-    sizes = file_bytes(after)
+    sizes = packed_sizes(after.path) if is_packed(after.path) else None
     title = (
         f"{after.path.name}: {after.metadata.variant}, density {100 * after.metadata.density:.2f} %, "
         f"{files.file_size_mb(after.path):.2f} MB"
     )
     histogram_of = "weight, batch norm folded in" if fold else "weight"
     plot_model(args.o, title, layer_weights(after), sizes, histograms, histogram_of)
-    print(format_sizes(sizes))
+    if sizes is not None:
+        print(format_sizes(sizes))
     print(f"wrote {args.o}")
 
 

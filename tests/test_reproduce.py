@@ -76,9 +76,9 @@ def test_the_list_names_every_command_and_its_time(run_script):
     printed = run_script("scripts/reproduce.py", "--list", *DATA).stdout
     assert (
         len(re.findall(r"^\[\d+/\d+\] about [\d.]+ minutes?\n  python \S+\.py ", printed, re.MULTILINE))
-        == 127
+        == 120
     )
-    assert len(PLAN) == 127
+    assert len(PLAN) == 120
 
 
 def test_a_step_that_was_run_by_the_same_command_is_skipped(monkeypatch, tmp_path, capsys):

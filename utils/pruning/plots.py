@@ -3,6 +3,8 @@
 import os
 from collections.abc import Sequence
 
+import numpy as np
+
 from models.statistics import LAYER_KINDS, layer_kind
 from utils.common.files import atomic_write
 from utils.pruning.scanning_log import Measurement
@@ -37,25 +39,21 @@ def plot_sensitivity(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 8), layout="constrained")
-    axes = dict(zip(LAYER_KINDS, figure.subplots(2, 2, sharex=True, sharey=True).flat, strict=True))
-    depth = {name: index / max(1, len(shapes) - 1) for index, name in enumerate(shapes)}
-    lowest: dict[str, list[tuple[float, str]]] = {kind: [] for kind in LAYER_KINDS}
-    for name, shape in shapes.items():
-        curve = sorted((row.keep_ratio, row.accuracy_pct) for row in rows if row.layer == name)
-        if not curve:
-            continue
-        kind = layer_kind(name, shape)
-        lowest[kind].append((curve[0][1], name))
-        if curve[-1][0] < 1:
-            curve.append((1.0, dense_accuracy_pct))
-        color = colormaps["viridis"](0.95 * depth[name])
-        axes[kind].plot(*zip(*curve, strict=True), marker="o", markersize=3, linewidth=1.2, color=color)
+    panels = figure.subplots(2, 2, sharex=True, sharey=True).flat
+    kinds = {name: layer_kind(name, shape) for name, shape in shapes.items()}
+    colors = dict(zip(shapes, colormaps["viridis"](np.linspace(0, 0.95, len(shapes))), strict=True))
     smallest = min(row.keep_ratio for row in rows)
-    for kind, axis in axes.items():
+    for kind, axis in zip(LAYER_KINDS, panels, strict=True):
+        lowest = []
+        for name in (name for name in dict.fromkeys(row.layer for row in rows) if kinds[name] == kind):
+            curve = {row.keep_ratio: row.accuracy_pct for row in rows if row.layer == name}
+            ratios, accuracies = zip(*sorted(({1.0: dense_accuracy_pct} | curve).items()), strict=True)
+            axis.plot(ratios, accuracies, marker="o", markersize=3, linewidth=1.2, color=colors[name])
+            lowest.append((accuracies[0], name))
         axis.axhline(threshold_pct, color="tab:red", linewidth=1, linestyle="--")
-        axis.set_title(f"{kind} ({len(lowest[kind])} layers)")
+        axis.set_title(f"{kind} ({len(lowest)} layers)")
         axis.grid(alpha=0.3)
-        named = sorted(lowest[kind])[:MOST_SENSITIVE_NAMED]
+        named = sorted(lowest)[:MOST_SENSITIVE_NAMED]
         text = "\n".join(f"{accuracy_pct:.1f} %  {name}" for accuracy_pct, name in named)
         axis.text(
             0.98, 0.03, f"lowest at {smallest:g} kept:\n{text}", transform=axis.transAxes,
@@ -66,7 +64,7 @@ def plot_sensitivity(
     )
     figure.supxlabel("sparsity: fraction of the layer's weights kept, all other layers whole")
     figure.supylabel("accuracy %")
-    scale = figure.colorbar(ScalarMappable(cmap="viridis"), ax=list(axes.values()), shrink=0.6, label="layer")
+    scale = figure.colorbar(ScalarMappable(cmap="viridis"), ax=figure.axes, shrink=0.6, label="layer")
     scale.set_ticks([0, 1], labels=["first", "last"])
     with atomic_write(path) as temporary:
         # Matplotlib's version in the file would make equal pictures differ.
