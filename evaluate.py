@@ -7,30 +7,28 @@ import argparse
 import sys
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from utils.checkpoints.weights import ALL_KINDS, add_output_stride_argument, is_torchscript
+from utils.checkpoints.weights import ALL_KINDS, add_output_stride_argument
 from utils.common import cli, errors, runtime
-from utils.common.devices import add_device_argument, choose_device
-from utils.common.errors import UserError
+from utils.common.devices import add_device_argument
 from utils.common.files import file_size_mb
 from utils.common.tables import format_table
 from utils.data.datasets import load_data
 from utils.data.loader import Loader
 from utils.evaluation import Evaluation, evaluate
-from utils.open_model import ModelFile, open_model
+from utils.open_model import ModelFile, device_for, open_model
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--weights", required=True, help="file of any kind that this project writes")
     add_output_stride_argument(parser)
     parser.add_argument(
         "--split", choices=("test", "val", "train"), default="test", help="images to evaluate on"
     )
-    parser.add_argument("--batch_size", type=cli.positive_int, default=500, help="images a batch")
+    parser.add_argument("--batch_size", type=cli.positive_int, default=500, help="images per batch")
     cli.add_data_arguments(parser)
     cli.add_runtime_arguments(parser)
     add_device_argument(parser)
@@ -40,7 +38,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def describe_accuracy(split: str, evaluation: Evaluation, class_names: tuple[str, ...]) -> str:
-    """Accuracy and loss in a line, and a table by class."""
+    """Return accuracy and loss in a line, and a table by class."""
     by_class = zip(class_names, evaluation.correct_by_class, evaluation.total_by_class, strict=True)
     rows = [
         (name, f"{100 * correct / total:.2f}" if total else None, correct, total)
@@ -64,7 +62,7 @@ def describe_model(file: ModelFile) -> str:
             ("size dense, MB", f"{metadata.dense_size_mb:.2f}"),
             ("size of the nonzeros, MB", f"{metadata.nonzero_size_mb:.2f}"),
             ("size of the file, MB", f"{file_size_mb(file.path):.2f}"),
-            (f"MACs an image of {metadata.image_size}x{metadata.image_size}", f"{metadata.macs:,}"),
+            (f"MACs per image of {metadata.image_size}x{metadata.image_size}", f"{metadata.macs:,}"),
         ],
     )
 
@@ -92,21 +90,6 @@ def as_record(
         "macs": metadata.macs,
         "image_size": metadata.image_size,
     }
-
-
-def device_for(file: ModelFile, args: argparse.Namespace) -> torch.device:
-    """Where the model can run: weights anywhere, TorchScript on the CPU that it is made for.
-
-    Raises:
-        UserError: --device names another, or one that is not there.
-    """
-    if is_torchscript(file.path):
-        if args.device not in ("auto", "cpu"):
-            raise UserError(
-                f"{file.path} is TorchScript, which is made for the CPU: leave --device {args.device} out"
-            )
-        args.device = "cpu"
-    return choose_device(args)
 
 
 def main(args: argparse.Namespace) -> None:

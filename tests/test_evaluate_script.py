@@ -140,7 +140,7 @@ def test_the_published_models_numbers(run_script, tiny_folder, tmp_path):
     shown = [line.split() for line in done.stdout.splitlines()]
     # 10 classes make 2,236,682 parameters and 6,124,928 multiply-adds; seven fewer outputs, these.
     assert ["parameters", f"{2_236_682 - 7 * 1281:,}"] in shown
-    assert ["MACs", "an", "image", "of", "32x32", f"{6_124_928 - 7 * 1280:,}"] in shown
+    assert ["MACs", "per", "image", "of", "32x32", f"{6_124_928 - 7 * 1280:,}"] in shown
     assert ["size", "dense,", "MB", "8.50"] in shown
 
 

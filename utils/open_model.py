@@ -1,7 +1,8 @@
 """Open a model from any file: weights, a qmodel, TorchScript, or a packed file."""
 
 import os
-from dataclasses import dataclass
+from argparse import Namespace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from utils.checkpoints.weights import (
     choose_normalization,
     is_torchscript,
 )
+from utils.common.devices import choose_device
 from utils.common.errors import UserError
 from utils.common.files import check_input
 from utils.data.datasets import ImageData, Normalization
@@ -51,6 +53,19 @@ class ModelFile:
         """Select the quantization engine that an int8 model was made for; do nothing for a float model."""
         if self.metadata.engine is not None:
             eager.use_engine(self.metadata.engine)
+
+    def with_normalization(self, given: Normalization | None) -> "ModelFile":
+        """Return the model file with a normalization, its own or the given one.
+
+        Raises:
+            UserError: it has none and none is given, or the two differ.
+        """
+        own = self.metadata.normalization
+        if own is None and given is None:
+            raise UserError(f"{self.path} does not say its normalization: give --normalization")
+        if None not in (own, given) and own != given:
+            raise UserError(f"{self.path} has another normalization than --normalization: leave that out")
+        return replace(self, metadata=replace(self.metadata, normalization=own or given))
 
     def fit(self, data: ImageData) -> Normalization:
         """Check that the data set has the classes of the model, and return the normalization to use.
@@ -98,6 +113,21 @@ def open_model(
         )
     with eager.engine(metadata.engine):
         return ModelFile(path, metadata, to_torchscript(source, metadata.image_size), source)
+
+
+def device_for(file: ModelFile, args: Namespace) -> torch.device:
+    """Return where the model can run: weights anywhere, TorchScript on the CPU that it is made for.
+
+    Raises:
+        UserError: --device names another, or one that is not there.
+    """
+    if is_torchscript(file.path):
+        if args.device not in ("auto", "cpu"):
+            raise UserError(
+                f"{file.path} is TorchScript, which is made for the CPU: leave --device {args.device} out"
+            )
+        args.device = "cpu"
+    return choose_device(args)
 
 
 def metadata_of(weights: Weights) -> Metadata:

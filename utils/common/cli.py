@@ -130,7 +130,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         type=non_negative_int,
         help="training images held out for validation (default: 5000, or 10 %% of fewer than 50000)",
     )
-    group.add_argument(
+    add_normalization_argument(group)
+
+
+def add_normalization_argument(parser: argparse._ActionsContainer) -> None:
+    """Add --normalization."""
+    parser.add_argument(
         "--normalization",
         type=non_negative_float,
         nargs=6,

@@ -96,11 +96,16 @@ def load_data(args: Namespace, image_size: int | None = None) -> ImageData:
         train_split.subset(val_indices),
         test_split,
         tuple(class_names),
-        _given_normalization(args),
+        given_normalization(args),
     )
 
 
-def _given_normalization(args: Namespace) -> Normalization | None:
+def given_normalization(args: Namespace) -> Normalization | None:
+    """Return the normalization that --normalization gives, if any.
+
+    Raises:
+        UserError: a standard deviation is 0.
+    """
     given = getattr(args, "normalization", None)
     if given is None:
         return None
