@@ -1,4 +1,4 @@
-"""Pack models into small files, check what comes back, and report where the bytes go.
+"""Pack models into small files, check that they come back, and report where the bytes go.
 
 utils/packing/format.py describes the format.
 """
@@ -15,7 +15,8 @@ from utils.common.errors import UserError
 from utils.common.files import check_input
 from utils.common.tables import format_table
 from utils.packing import float_weights, int8_weights
-from utils.packing.codecs import GAPS, MASK, huffman_size, is_kept, planes_size, to_gaps
+from utils.packing.codecs import DENSE, MASK, huffman_size, is_kept, planes_size, to_gaps
+from utils.packing.container import reading
 from utils.packing.format import PackedFile, is_packed
 from utils.quantization.int8_model import Int8Model
 
@@ -46,13 +47,13 @@ def encode(source: Source, dtype: str) -> bytes:
 
 
 def check_same(path: str | os.PathLike, source: Source, dtype: str) -> str:
-    """Read a packed file and compare it with what it was made from, bit for bit.
+    """Read a packed file and compare it bit for bit with what it was made from.
 
     Returns:
-        A sentence that says what was compared.
+        What was compared, for the user.
 
     Raises:
-        RuntimeError: something differs.
+        RuntimeError: a tensor differs.
         UserError: the file cannot be opened.
     """
     if isinstance(source, Weights):
@@ -60,8 +61,6 @@ def check_same(path: str | os.PathLike, source: Source, dtype: str) -> str:
         found = float_weights.read_weights(path)["state_dict"]
     else:
         expected, found = _tensors(source[0]), _tensors(int8_weights.read_int8(path)[0])
-    if list(expected) != list(found):
-        raise RuntimeError(f"{path}: the list of tensors did not come back")
     differing = [name for name in expected if not _same_bits(expected[name], found[name])]
     if differing:
         raise RuntimeError(f"{path}: {', '.join(differing)} did not come back")
@@ -100,24 +99,21 @@ def packed_sizes(path: str | os.PathLike) -> "pd.DataFrame":
     path = check_input(path, "packed file")
     if not is_packed(path):
         raise UserError(f"{path} is not a packed file: give one of scripts/pack_weights.py")
-    file = PackedFile(path)
-    module = int8_weights if file.header.get("dtype") == "int8" else float_weights
-    slots = module.read_slots(file)
-    tensors = file.read(slots, module.STREAM_TYPES)
-    encodings = dict(
-        zip((s.name for s in slots if s.stream == "values"), file.header["encodings"], strict=True)
-    )
+    with reading(path):
+        file = PackedFile(path)
+        module = int8_weights if file.header["dtype"] == "int8" else float_weights
+        slots, tensors = module.read_tensors(file)
+    encodings = iter(file.header["encodings"])
 
     # Layer and Huffman-coded size of each tensor, by stream.
     alone: dict[str, list[tuple[str, int]]] = {}
     for slot in slots:
         values = tensors[slot.name].reshape(-1)
-        if encodings.get(slot.name) in (MASK, GAPS):
+        encoding = next(encodings) if slot.stream == "values" else DENSE
+        if encoding != DENSE:
             kept = is_kept(values)
             values = values[kept]
-            stream, places = (
-                ("mask", np.packbits(kept)) if encodings[slot.name] == MASK else ("gaps", to_gaps(kept))
-            )
+            stream, places = ("mask", np.packbits(kept)) if encoding == MASK else ("gaps", to_gaps(kept))
             alone.setdefault(stream, []).append((slot.layer, huffman_size(places)))
         alone.setdefault(slot.stream, []).append((slot.layer, planes_size(values)))
     rows: list[tuple[str, str, int]] = []

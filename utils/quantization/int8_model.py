@@ -9,6 +9,7 @@ Conventions:
   (`bias_units`), so that engines with int32 biases compute the same as engines with float biases.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -29,6 +30,15 @@ class QParams:
 
     scale: float
     zero_point: int
+
+    def __post_init__(self) -> None:
+        """Check the values, which may come from a damaged file.
+
+        Raises:
+            ValueError: the scale is not positive and finite, or the zero point is not in 0 to 255.
+        """
+        if not (0 < self.scale < math.inf and 0 <= self.zero_point <= 255):
+            raise ValueError("an activation has an invalid scale or zero point")
 
 
 @dataclass(frozen=True)
