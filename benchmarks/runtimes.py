@@ -13,6 +13,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,9 @@ from utils.checkpoints.weights import CompleteWeights, add_output_stride_argumen
 from utils.common import cli, errors, runtime
 from utils.common.errors import UserError
 from utils.common.optional_packages import import_optional
-from utils.common.tables import format_table
 from utils.data.datasets import ImageData, load_data
 from utils.data.loader import Loader
-from utils.deployment.latency import Latency, measure_fastest_forms
+from utils.deployment.latency import Latency, format_rows, measure_fastest_forms
 from utils.deployment.onnx import start_session, to_onnx
 from utils.deployment.torchscript import float_forms, to_torchscript
 from utils.open_model import metadata_of
@@ -39,15 +39,25 @@ from utils.quantization.bias_correction import correct_biases
 
 Run = Callable[[Tensor], Tensor]
 Start = Callable[[int, int], dict[str, Run]]
-"""From threads and batch size to the forms of a model by name (such as an engine); the fastest one counts."""
+"""Takes the number of threads and the batch size; returns the forms of a model by name, such as an engine."""
 
 OURS, FLOAT = "TorchScript int8", "TorchScript float"
 COMPARE_BATCH_SIZE = 32
 LARGEST_ERROR = 2.0
-"""Times that of ours."""
+"""Largest RMS error of a model that counts, as a multiple of ours."""
 REST_S = 0.01
-"""Before each turn, so that the threads of the previous runtime stop spinning while they wait for work."""
+"""Pause before each turn, after which threads of the previous runtime no longer spin, waiting for work."""
 WARM_UP = 5
+COLUMNS = {
+    "model": ("model", "{}"),
+    "median ms": ("median_latency_ms", "{:.3f}"),
+    "times ours": ("times_ours", "{:.2f}"),
+    "same class %": ("same_class_pct", "{:.2f}"),
+    "rms error": ("rms_error", "{:.1e}"),
+    "largest": ("largest_error", "{:.1e}"),
+    "test %": ("test_accuracy_pct", "{:.2f}"),
+}
+"""Columns of the printed tables: header, key in a row, format."""
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -87,11 +97,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def onnxruntime_start(model: bytes) -> Start:
-    """Run an ONNX model in ONNX Runtime."""
-    return lambda threads, _batch_size: {"default": start_session(model, threads)}
-
-
 def openvino_start(model: bytes) -> Start:
     """Run an ONNX model in OpenVINO."""
     (openvino,) = import_optional("openvino")
@@ -119,7 +124,10 @@ def openvino_start(model: bytes) -> Start:
 
 
 RUNTIMES: dict[str, tuple[str, Callable[[bytes], Start]]] = {
-    "ONNX Runtime": ("onnxruntime", onnxruntime_start),
+    "ONNX Runtime": (
+        "onnxruntime",
+        lambda model: lambda threads, _: {"default": start_session(model, threads)},
+    ),
     "OpenVINO": ("openvino", openvino_start),
 }
 
@@ -206,19 +214,15 @@ def time_case(
     inputs = torch.randn(batch_size, 3, side, side)
     ours = inputs.to(memory_format=torch.channels_last)  # what it takes without rearranging
 
-    def fixed(run: Run, images: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda _: run(images)
-
-    models = {}
+    models: dict[str, dict[str, Callable[[Tensor], object]]] = {}
     for name, start in contestants.items():
         images = ours if name in (OURS, FLOAT) else inputs
-        models[name] = {form: fixed(run, images) for form, run in start(threads, batch_size).items()}
-
-    def rest(_name: str) -> None:
-        if threads > 1:
-            time.sleep(REST_S)
-
-    return measure_fastest_forms(models, inputs, rounds, WARM_UP, before=rest)
+        models[name] = {
+            form: partial(lambda run, images, _: run(images), run, images)
+            for form, run in start(threads, batch_size).items()
+        }
+    rest_s = REST_S if threads > 1 else 0.0
+    return measure_fastest_forms(models, inputs, rounds, WARM_UP, before=lambda _: time.sleep(rest_s))
 
 
 def rows_of(
@@ -238,21 +242,6 @@ def rows_of(
         }
         for name, (form, latency) in measured.items()
     ]
-
-
-def format_rows(rows: list[dict[str, Any]]) -> str:
-    """Lay out the table of one case."""
-    columns = {
-        "model": ("model", "{}"),
-        "median ms": ("median_latency_ms", "{:.3f}"),
-        "times ours": ("times_ours", "{:.2f}"),
-        "same class %": ("same_class_pct", "{:.2f}"),
-        "rms error": ("rms_error", "{:.1e}"),
-        "largest": ("largest_error", "{:.1e}"),
-        "test %": ("test_accuracy_pct", "{:.2f}"),
-    }
-    cells = [[form.format(row[key]) for key, form in columns.values()] for row in rows]
-    return format_table(list(columns), cells)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -278,18 +267,14 @@ def main(args: argparse.Namespace) -> None:
     for threads, batch_size in itertools.product(args.thread_counts, args.batch_sizes):
         measured = time_case(contestants, weights.image_size, threads, batch_size, args.rounds)
         case = rows_of(measured, outputs, threads)
-        print(f"\nthreads {threads}, batch size {batch_size}\n{format_rows(case)}", flush=True)
+        print(f"\nthreads {threads}, batch size {batch_size}\n{format_rows(case, COLUMNS)}", flush=True)
         rows.append(case)
     if args.record:
         runtime.write_record(args.record, args, {"macs": macs, "rows": list(itertools.chain(*rows))})
-    best = [
-        min(counted, key=lambda row: row["times_ours"])
-        for case in rows
-        if (counted := [row for row in case if row["counts"]])
-    ]
-    if not best:
+    counted = [row for row in itertools.chain(*rows) if row["counts"]]
+    if not counted:
         raise UserError("no other int8 model gives the outputs of the float one: see the column rms error")
-    worst = min(best, key=lambda row: row["times_ours"])
+    worst = min(counted, key=lambda row: row["times_ours"])
     print(
         f"\nratio {1 / worst['times_ours']:.2f} (int8 inference, ms at batch size {worst['batch_size']} and "
         f"{worst['threads']} threads, our TorchScript against {worst['model']}, the best other; the least "
