@@ -263,15 +263,15 @@ def main(args: argparse.Namespace) -> None:
     macs = metadata_of(weights).macs
     print(f"torch {torch.__version__}, {runtime.cpu_name()}, {macs / 1e6:.2f} million MACs per image")
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for threads, batch_size in itertools.product(args.thread_counts, args.batch_sizes):
         measured = time_case(contestants, weights.image_size, threads, batch_size, args.rounds)
         case = rows_of(measured, outputs, threads)
         print(f"\nthreads {threads}, batch size {batch_size}\n{format_rows(case, COLUMNS)}", flush=True)
-        rows.append(case)
+        rows += case
     if args.record:
-        runtime.write_record(args.record, args, {"macs": macs, "rows": list(itertools.chain(*rows))})
-    counted = [row for row in itertools.chain(*rows) if row["counts"]]
+        runtime.write_record(args.record, args, {"macs": macs, "rows": rows})
+    counted = [row for row in rows if row["counts"]]
     if not counted:
         raise UserError("no other int8 model gives the outputs of the float one: see the column rms error")
     worst = min(counted, key=lambda row: row["times_ours"])

@@ -95,10 +95,10 @@ def rows_of(files: dict[str, ModelFile], measured: dict[str, Latency]) -> list[d
             "variant": files[name].metadata.variant,
             "size_mb": round(file_size_mb(name), 2),
             "median_latency_ms": round(latency.median_ms, 3),
-            "p90_latency_ms": round(latency.p90_ms, 3),
-            "p99_latency_ms": round(latency.p99_ms, 3),
-            "median_latency_ms_per_image": round(latency.median_ms_per_image, 4),
-            "images_per_s": round(latency.images_per_s, 1),
+            "p90_latency_ms": round(latency.percentile_ms(90), 3),
+            "p99_latency_ms": round(latency.percentile_ms(99), 3),
+            "median_latency_ms_per_image": round(latency.median_ms / latency.batch_size, 4),
+            "images_per_s": round(1000 * latency.batch_size / latency.median_ms, 1),
             "speedup": round(latency.speedup_over(first), 2),
         }
         for name, latency in measured.items()

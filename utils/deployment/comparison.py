@@ -193,7 +193,7 @@ def compare(deployments: Sequence[Deployment], args: Namespace) -> list[dict[str
                 "accuracy_change_points": evaluation.accuracy_pct - first.evaluation.accuracy_pct,
                 "latency_batch_size": latency.batch_size,
                 "median_latency_ms": latency.median_ms,
-                "p90_latency_ms": latency.p90_ms,
+                "p90_latency_ms": latency.percentile_ms(90),
                 "speedup": latency.speedup_over(first_latency),
             }
         )

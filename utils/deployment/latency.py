@@ -25,25 +25,9 @@ class Latency:
         """Return the median per batch."""
         return float(np.median(self.times_ms))
 
-    @property
-    def p90_ms(self) -> float:
-        """Return the 90th percentile per batch, linearly interpolated."""
-        return float(np.percentile(self.times_ms, 90))
-
-    @property
-    def p99_ms(self) -> float:
-        """Return the 99th percentile per batch, linearly interpolated."""
-        return float(np.percentile(self.times_ms, 99))
-
-    @property
-    def median_ms_per_image(self) -> float:
-        """Return the median per image."""
-        return self.median_ms / self.batch_size
-
-    @property
-    def images_per_s(self) -> float:
-        """Return the throughput at the median latency."""
-        return 1000 * self.batch_size / self.median_ms
+    def percentile_ms(self, percent: float) -> float:
+        """Return a percentile per batch, linearly interpolated."""
+        return float(np.percentile(self.times_ms, percent))
 
     def speedup_over(self, other: "Latency") -> float:
         """Return the speed-up over `other`, measured in the same rounds.

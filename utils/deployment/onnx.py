@@ -11,7 +11,7 @@ rounded them.
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +23,6 @@ from models.folding import INPUT, Operation, walk
 from utils.checkpoints.metadata import Metadata
 from utils.common.errors import UserError
 from utils.common.optional_packages import import_optional
-from utils.data.loader import Loader
 from utils.quantization.int8_model import Int8Model
 
 if TYPE_CHECKING:
@@ -105,72 +104,38 @@ def start_session(model: bytes, threads: int) -> Callable[[Tensor], Tensor]:
     return run
 
 
-@dataclass(frozen=True)
-class Difference:
-    """How much the logits of two models differ on the same images.
-
-    Args:
-        images: number of images.
-        largest: largest absolute difference of a logit.
-        largest_logit: largest absolute logit of the first model.
-        same_class: number of images that both assign to the same class.
-    """
-
-    images: int
-    largest: float
-    largest_logit: float
-    same_class: int
-
-    @property
-    def same_class_pct(self) -> float:
-        """Percentage of images that both assign to the same class."""
-        return 100 * self.same_class / self.images
-
-
-@torch.inference_mode()
-def compare_logits(
-    ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], batches: Loader
-) -> Difference:
-    """Run both models on the same batches and compare their logits."""
-    pairs = [(ours(images), theirs(images)) for images, _ in batches]
-    first, second = (torch.cat(logits) for logits in zip(*pairs, strict=True))
-    return Difference(
-        images=len(first),
-        largest=(first - second).abs().max().item(),
-        largest_logit=first.abs().max().item(),
-        same_class=int((first.argmax(1) == second.argmax(1)).sum()),
-    )
-
-
-def check_difference(path: str | os.PathLike, difference: Difference, step: float | None) -> str:
+def check_logits(path: str | os.PathLike, ours: Tensor, theirs: Tensor, step: float | None) -> str:
     """Make sure that an exported model computes what the original does.
 
     Args:
         path: the file to write, for the message.
-        difference: the difference between its logits and ours.
+        ours: logits (N, classes) of the original model.
+        theirs: logits (N, classes) of the exported model for the same images.
         step: quantization step of the logits of an int8 model; None for a float model.
 
     Returns:
         One line that says how much they differ.
 
     Raises:
-        UserError: the difference is more than rounding explains.
+        UserError: they differ by more than rounding explains.
     """
+    largest = (ours - theirs).abs().max().item()
+    same_class_pct = 100 * int((ours.argmax(1) == theirs.argmax(1)).sum()) / len(ours)
     if step is None:
-        allowed, same_class_pct = FLOAT_TOLERANCE * max(1.0, difference.largest_logit), FLOAT_SAME_CLASS_PCT
+        allowed, wanted_pct = FLOAT_TOLERANCE * max(1.0, ours.abs().max().item()), FLOAT_SAME_CLASS_PCT
     else:
-        allowed, same_class_pct = INT8_STEPS * step, INT8_SAME_CLASS_PCT
+        allowed, wanted_pct = INT8_STEPS * step, INT8_SAME_CLASS_PCT
     # Written so that NaN fails as well.
-    if not (difference.largest <= allowed and difference.same_class_pct >= same_class_pct):
+    if not (largest <= allowed and same_class_pct >= wanted_pct):
         raise UserError(
-            f"{path} was not written: its logits differ from ours by up to {difference.largest:.2g} "
-            f"({allowed:.2g} is allowed) and {difference.same_class_pct:.2f} % of the images get the same "
-            f"class ({same_class_pct} % is wanted): try another version of onnxruntime"
+            f"{path} was not written: its logits differ from ours by up to {largest:.2g} "
+            f"({allowed:.2g} is allowed) and {same_class_pct:.2f} % of the images get the same "
+            f"class ({wanted_pct} % is wanted): try another version of onnxruntime"
         )
-    steps = "" if step is None else f" ({difference.largest / step:.0f} steps of int8)"
+    steps = "" if step is None else f" ({largest / step:.0f} steps of int8)"
     return (
-        f"checked on {difference.images} test images: logits differ by at most {difference.largest:.2g}"
-        f"{steps}, {difference.same_class_pct:.2f} % get the same class"
+        f"checked on {len(ours)} test images: logits differ by at most {largest:.2g}{steps}, "
+        f"{same_class_pct:.2f} % get the same class"
     )
 
 

@@ -10,7 +10,7 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from utils.deployment.torchscript import METADATA_FILE
 from utils.quantization.int8_model import Int8Model, QParams, activation_names, layer_shapes
 
 LARGEST_TEXT = 2**20
-"""Bytes of metadata, code or pickle."""
+"""Bytes of any part but the tensors: metadata, code, pickle."""
 STORAGES = {
     "FloatStorage": np.float32,
     "DoubleStorage": np.float64,
@@ -86,23 +86,19 @@ def _read_metadata(path: Path, archive: zipfile.ZipFile) -> Metadata:
         # A compressed one could be far larger than the file.
         if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
             raise ValueError(f"{member.filename} is compressed")
+        if "/constants/" not in member.filename and member.file_size > LARGEST_TEXT:
+            raise ValueError(f"{member.filename} is larger than {LARGEST_TEXT} bytes")
     damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"the checksum of {damaged} is wrong")
-    return Metadata.from_dict(json.loads(_read_text(archive, names[0])))
-
-
-def _read_text(archive: zipfile.ZipFile, name: str) -> bytes:
-    if archive.getinfo(name).file_size > LARGEST_TEXT:
-        raise ValueError(f"{name} is larger than {LARGEST_TEXT} bytes")
-    return archive.read(name)
+    return Metadata.from_dict(json.loads(archive.read(names[0])))
 
 
 def _read_code(archive: zipfile.ZipFile) -> str:
     names = [name for name in archive.namelist() if re.search(r"/code/__torch__/models/.*\.py$", name)]
     if len(names) != 1:
         raise ValueError(f"it has {len(names)} models")
-    code = _read_text(archive, names[0]).decode()
+    code = archive.read(names[0]).decode()
     for call in re.findall(r"\b(?:torch|ops)\.([\w.]+)\(", code):
         if not KNOWN_CALLS.fullmatch(call):
             raise ValueError(f"it calls {call}")
@@ -144,13 +140,11 @@ def _float_model(metadata: Metadata, code: str, constants: list[Any]) -> MobileN
     return model.eval()
 
 
-class _Quantized:
+class _Quantized(NamedTuple):
     """A quantized weight: int8 values and float32 scales."""
 
-    def __init__(self, values: Tensor, scales: Tensor) -> None:
-        self.values, self.scales = values, scales.float()
-        if not (torch.equal(self.scales.double(), scales) and scales.isfinite().all() and (scales > 0).all()):
-            raise ValueError("a scale is not a positive float32")
+    values: Tensor
+    scales: Tensor
 
 
 class _PackedParameters:
@@ -222,11 +216,12 @@ class _Unpickler(pickle.Unpickler):
             scale, zero_point = torch.tensor([scale], dtype=torch.float64), torch.tensor([zero_point])
         if zero_point.any():
             raise ValueError("a weight is not symmetric")
-        return _Quantized(values, scale)
+        if not (torch.equal(scale.float().double(), scale) and scale.isfinite().all() and (scale > 0).all()):
+            raise ValueError("a scale is not a positive float32")
+        return _Quantized(values, scale.float())
 
 
 def _read_constants(archive: zipfile.ZipFile) -> list[Any]:
     (name,) = [name for name in archive.namelist() if name.endswith("/constants.pkl")]
-    _read_text(archive, name)
     with archive.open(name) as file:
         return list(_Unpickler(file, archive, name.rpartition("/")[0]).load())

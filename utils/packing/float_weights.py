@@ -10,43 +10,45 @@ error of at most 3e-8, which is negligible next to the 1e-5 that a batch norm ad
 
 import os
 from dataclasses import asdict
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from models import MobileNetV2
 from utils.checkpoints.weights import FORMAT, FORMAT_VERSION, Weights
 from utils.common.errors import UserError
 from utils.common.runtime import plain, versions
 from utils.packing.container import reading
 from utils.packing.format import PackedFile, Slot, encode
+from utils.quantization.int8_model import layer_shapes
 
 TYPES = ("float32", "float16")
 STREAM_TYPES = dict.fromkeys(("values", "biases", "batch_norm"), TYPES)
 COUNTER = "num_batches_tracked"
 
 
-def float_slots(model: nn.Module) -> list[Slot]:
+def float_slots(architecture: dict[str, Any]) -> list[Slot]:
     """List the slots of a MobileNetV2, except for the counters of its batch norms.
 
     Batch-norm vectors are grouped by kind, since similar numbers compress better together.
     """
-    layer, slots = "", []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            layer = name
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        for kind, value in own:
-            stream = "values" if kind == "weight" else "biases"
-            if isinstance(module, nn.BatchNorm2d):
-                stream = "batch_norm"
-            if kind != COUNTER:
-                slots.append(Slot(f"{name}.{kind}", layer, stream, tuple(value.shape)))
-    order = ("weight", "bias", "running_mean", "running_var")
-    return sorted(slots, key=lambda slot: order.index(slot.name.rpartition(".")[2]))
+    shapes = layer_shapes(architecture)
+    *convolutions, classifier = shapes
+    return [
+        *(Slot(f"{name}.weight", name, "values", shape) for name, shape in shapes.items()),
+        *(
+            Slot(f"{_norm_after(name)}.{kind}", name, "batch_norm", shapes[name][:1])
+            for kind in ("weight", "bias", "running_mean", "running_var")
+            for name in convolutions
+        ),
+        Slot(f"{classifier}.bias", classifier, "biases", shapes[classifier][:1]),
+    ]
+
+
+def _norm_after(convolution: str) -> str:
+    """Return the name of the batch norm after a convolution."""
+    sequence, _, index = convolution.rpartition(".")
+    return f"{sequence}.{int(index) + 1}"
 
 
 def round_to(state: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
@@ -75,7 +77,7 @@ def encode_weights(weights: Weights, dtype: str) -> bytes:
         UserError: a value is NaN, infinite, or too large for the type.
     """
     state = round_to(weights.model.state_dict(), dtype)
-    slots = float_slots(weights.model)
+    slots = float_slots(weights.model.architecture)
     header = {
         "dtype": dtype,
         "kind": weights.kind,
@@ -97,7 +99,7 @@ def read_tensors(file: PackedFile) -> tuple[list[Slot], dict[str, np.ndarray]]:
     Raises:
         ValueError, KeyError, ...: the file is damaged.
     """
-    slots = _slots(tuple(file.header["architecture"].items()))
+    slots = float_slots(file.header["architecture"])
     return slots, file.read(slots, STREAM_TYPES)
 
 
@@ -118,10 +120,3 @@ def read_weights(path: str | os.PathLike) -> dict[str, Any]:
         counts = torch.tensor(header[COUNTER], dtype=torch.int64)
         state |= {f"{norm}{COUNTER}": count for norm, count in zip(norms, counts, strict=True)}
     return header | {"format": FORMAT, "format_version": FORMAT_VERSION, "state_dict": state}
-
-
-@lru_cache(maxsize=8)
-def _slots(architecture: tuple[tuple[str, Any], ...]) -> list[Slot]:
-    # The meta device allocates nothing, whatever the header asks for.
-    with torch.device("meta"):
-        return float_slots(MobileNetV2(**dict(architecture)))

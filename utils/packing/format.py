@@ -159,16 +159,14 @@ class PackedFile:
         for stream, members in by_stream.items():
             sizes = [slot.size for slot in members]
             values = np.zeros(sum(sizes), dtypes[stream])
-            stored = self._find_values(sizes) if stream == "values" else np.ones(len(values), bool)
+            stored = np.ones(len(values), bool)
+            if stream == "values":
+                mask, gaps = (self.archive.array(name, len(values)) for name in ("mask", "gaps"))
+                stored = find_values(mask, gaps, sizes, self.header["encodings"])
             values[stored] = self._numbers(stream, int(np.count_nonzero(stored)), values.dtype)
             parts = np.split(values, np.cumsum(sizes)[:-1])
             tensors |= {s.name: part.reshape(s.shape) for s, part in zip(members, parts, strict=True)}
         return tensors
-
-    def _find_values(self, sizes: list[int]) -> np.ndarray:
-        """Return which weights are stored; the others are zero."""
-        mask, gaps = (self.archive.array(name, sum(sizes)) for name in ("mask", "gaps"))
-        return find_values(mask, gaps, sizes, self.header["encodings"])
 
     def _numbers(self, stream: str, count: int, dtype: np.dtype) -> np.ndarray:
         """Return the values (count,) of a stream."""

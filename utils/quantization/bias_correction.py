@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.statistics import prunable_layers
-from utils.quantization.eager import from_module, to_module
+from utils.quantization.eager import ending_in_relu6, from_module, to_module
 from utils.quantization.int8_model import Int8Model
 
 SMALLEST_SLOPE = 0.1
@@ -49,7 +49,10 @@ def correct_biases(
         layer.set_weight_bias(layer.weight(), layer.bias() - step * error / slopes[name])
         return layer.forward(*inputs)
 
-    for name, layer in _watched(reference).items():
+    # The float module with the same output as an int8 layer: the ReLU6 after it, or the layer.
+    watched: dict[str, nn.Module] = dict(prunable_layers(reference))
+    watched |= {f"{name}.0": sequence[-1] for name, sequence in ending_in_relu6(reference).items()}
+    for name, layer in watched.items():
         layer.register_forward_hook(partial(measure, name))
         module.get_submodule(name).register_forward_hook(partial(correct, name))
     for number, (images, _) in enumerate(batches, 1):
@@ -57,15 +60,6 @@ def correct_biases(
         reference(images)
         module(images)
     return from_module(module).with_rounded_biases()
-
-
-def _watched(reference: nn.Module) -> dict[str, nn.Module]:
-    """Return, by int8 layer, the float module with the same output: the ReLU6 after it, or the layer."""
-    watched: dict[str, nn.Module] = dict(prunable_layers(reference))
-    for name, module in reference.named_modules():
-        if isinstance(module, nn.Sequential) and isinstance(module[-1], nn.ReLU6):
-            watched[f"{name}.0"] = module[-1]
-    return watched
 
 
 def _channel_means(output: Tensor) -> Tensor:

@@ -288,13 +288,13 @@ class ActivationObserver(eager.HistogramObserver):
 def _set_observers(model: Any, activation: Any, weight: Any) -> None:
     """Set the observers of activations and weights; the input of a ReLU6 is not observed."""
     model.qconfig = eager.QConfig(activation, weight)
-    for sequence in _ending_in_relu6(model):
+    for sequence in ending_in_relu6(model).values():
         sequence[0].qconfig = eager.QConfig(nn.Identity, weight)
 
 
 def _convert(model: nn.Module) -> Int8Model:
     """Convert a model in place to int8 modules and return their tensors."""
-    for sequence in _ending_in_relu6(model):
+    for sequence in ending_in_relu6(model).values():
         sequence[0].activation_post_process = sequence[-1].activation_post_process
         sequence[-1] = nn.Identity()
     with quietly():
@@ -302,11 +302,10 @@ def _convert(model: nn.Module) -> Int8Model:
         return from_module(model).with_rounded_biases()
 
 
-def _ending_in_relu6(model: nn.Module) -> Iterator[Any]:
-    """Yield the sequences whose last module is a ReLU6."""
-    for module in model.modules():
-        if isinstance(module, nn.Sequential) and isinstance(module[-1], nn.ReLU6):
-            yield module
+def ending_in_relu6(model: nn.Module) -> dict[str, Any]:
+    """Return the sequences whose last module is a ReLU6, by name."""
+    sequences = {name: one for name, one in model.named_modules() if isinstance(one, nn.Sequential)}
+    return {name: one for name, one in sequences.items() if isinstance(one[-1], nn.ReLU6)}
 
 
 @contextmanager
