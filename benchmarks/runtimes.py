@@ -1,9 +1,9 @@
 """Inference time of the same weights in TorchScript (ours), ONNX Runtime and OpenVINO, float and int8.
 
-The others run our float and our int8 model as scripts/export_onnx.py writes them. All take turns in each
-round, for each batch size and number of threads; medians are compared. Nobody wins by being wrong: an int8
-model whose logits are more than twice as far from those of the float model as ours (root mean square) is
-shown but not counted.
+The others run our float and int8 models as scripts/export_onnx.py writes them. For each batch size and
+number of threads, all of them take turns in each round, and medians are compared. Nobody wins by being
+wrong: an int8 model whose logits are more than twice as far from those of the float model as ours (root
+mean square) is shown but not counted.
 """
 
 import argparse
@@ -74,18 +74,18 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--batch_sizes", type=cli.positive_int, nargs="+", default=[1, 32, 256], help="images per call"
     )
     parser.add_argument(
-        "--thread_counts", type=cli.thread_count, nargs="+", default=[1, 2], help="instead of --threads"
+        "--thread_counts", type=cli.thread_count, nargs="+", default=[1, 2], help="used instead of --threads"
     )
     parser.add_argument(
         "--backends",
         nargs="+",
         default=["fbgemm", "x86", "onednn"],
         metavar="ENGINE",
-        help="quantization engines for ours",
+        help="quantization engines for our int8 model",
     )
     parser.add_argument("--rounds", type=cli.positive_int, default=60, help="timed calls of each model")
     parser.add_argument(
-        "--num_calibration_batches", type=cli.positive_int, default=16, help="of 32 training images each"
+        "--num_calibration_batches", type=cli.positive_int, default=16, help="batches of 32 training images"
     )
     parser.add_argument(
         "--num_images", type=cli.positive_int, default=2000, help="test images to compare outputs on"
@@ -133,7 +133,7 @@ RUNTIMES: dict[str, tuple[str, Callable[[bytes], Start]]] = {
 
 
 def installed_runtimes() -> dict[str, Callable[[bytes], Start]]:
-    """Return those of RUNTIMES whose package is installed.
+    """Return the RUNTIMES whose packages are installed.
 
     Raises:
         UserError: none is.
@@ -186,7 +186,7 @@ def gather(
 def compare_outputs(
     contestants: dict[str, Start], weights: CompleteWeights, data: ImageData, num_images: int
 ) -> dict[str, dict[str, float]]:
-    """Return how far logits and classes are from those of the float model, and the accuracy, by name."""
+    """Return, by name, how far logits and classes are from those of the float model, and the accuracy."""
     split = data.test.subset(torch.arange(min(num_images, len(data.test))))
     loader = Loader(split, weights.normalization, COMPARE_BATCH_SIZE, drop_last=True)
     expected = torch.cat([weights.model(images) for images, _ in loader])
@@ -212,7 +212,7 @@ def time_case(
     """Return the fastest form of each contestant and its times."""
     torch.set_num_threads(threads)
     inputs = torch.randn(batch_size, 3, side, side)
-    ours = inputs.to(memory_format=torch.channels_last)  # what it takes without rearranging
+    ours = inputs.to(memory_format=torch.channels_last)  # which TorchScript need not rearrange
 
     models: dict[str, dict[str, Callable[[Tensor], object]]] = {}
     for name, start in contestants.items():
@@ -245,7 +245,7 @@ def rows_of(
 
 
 def main(args: argparse.Namespace) -> None:
-    """Quantize, compare outputs, time every case, print a table each and the least favourable ratio."""
+    """Quantize, compare outputs, time every case, print their tables and the least favourable ratio."""
     if args.quick:
         args.thread_counts, args.batch_sizes, args.rounds = [1], [1, 32], 20
         args.num_calibration_batches, args.num_images, args.backends = 2, 128, args.backends[:1]

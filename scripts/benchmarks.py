@@ -6,14 +6,12 @@ into the convolutions, in whichever form is fastest in these rounds.
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import Tensor
 
 from utils.checkpoints.weights import add_output_stride_argument
 from utils.common import cli, errors, runtime
@@ -79,13 +77,6 @@ def open_files(args: argparse.Namespace) -> dict[str, ModelFile]:
     return files
 
 
-def forms_of(file: ModelFile) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return the forms of the model to time; only the fastest is shown."""
-    if file.metadata.engine:
-        return {f"TorchScript, engine {file.metadata.engine}": file.model}
-    return float_forms(file.model, file.metadata.image_size)
-
-
 def rows_of(files: dict[str, ModelFile], measured: dict[str, Latency]) -> list[dict[str, Any]]:
     """Return one row per file, with units in the names; `speedup` is relative to the first file."""
     first = next(iter(measured.values()))
@@ -113,8 +104,15 @@ def main(args: argparse.Namespace) -> None:
     image_size = next(iter(files.values())).metadata.image_size
     inputs = torch.randn(args.batch_size, 3, image_size, image_size).to(memory_format=torch.channels_last)
 
+    # Only the fastest form of each model is shown.
+    forms = {
+        name: {f"TorchScript, engine {engine}": file.model}
+        if (engine := file.metadata.engine)
+        else float_forms(file.model, image_size)
+        for name, file in files.items()
+    }
     fastest = measure_fastest_forms(
-        {name: forms_of(file) for name, file in files.items()},
+        forms,
         inputs,
         args.rounds,
         args.warm_up,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from models import MobileNetV2
-from models.folding import INPUT, fold_batch_norms
+from models.folding import fold_batch_norms
 from utils.checkpoints.metadata import Metadata
 from utils.checkpoints.weights import is_torchscript
 from utils.common.errors import UserError, one_line
@@ -95,10 +95,8 @@ def _read_metadata(path: Path, archive: zipfile.ZipFile) -> Metadata:
 
 
 def _read_code(archive: zipfile.ZipFile) -> str:
-    names = [name for name in archive.namelist() if re.search(r"/code/__torch__/models/.*\.py$", name)]
-    if len(names) != 1:
-        raise ValueError(f"it has {len(names)} models")
-    code = archive.read(names[0]).decode()
+    (name,) = [name for name in archive.namelist() if re.search(r"/code/__torch__/models/.*\.py$", name)]
+    code = archive.read(name).decode()
     for call in re.findall(r"\b(?:torch|ops)\.([\w.]+)\(", code):
         if not KNOWN_CALLS.fullmatch(call):
             raise ValueError(f"it calls {call}")
@@ -116,13 +114,11 @@ def _int8_model(metadata: Metadata, code: str, constants: list[Any]) -> Int8Mode
             continue
         weight, biases[name] = constants[int(index)].weight_and_bias()
         weights[name], scales[name] = weight.values, weight.scales
-        expected = shapes[name], (shapes[name][0],)
-        if (weights[name].shape, biases[name].shape) != expected or weight.values.dtype != torch.int8:
+        expected = shapes[name], shapes[name][:1], torch.int8
+        if (weight.values.shape, biases[name].shape, weight.values.dtype) != expected:
             raise ValueError(f"{name} has another shape or type")
-        if weight.scales.shape not in ((1,), (shapes[name][0],)):
+        if weight.scales.shape not in ((1,), shapes[name][:1]):
             raise ValueError(f"{name} has scales of shape {tuple(weight.scales.shape)}")
-    if INPUT not in activations or list(weights) != list(shapes):
-        raise ValueError("its graph is not that of an int8 MobileNetV2 of its architecture")
     return Int8Model(metadata.architecture, weights, scales, biases, activations)
 
 

@@ -68,13 +68,13 @@ def check_same(path: str | os.PathLike, source: Source, dtype: str) -> str:
 
 
 def _tensors(model: Int8Model) -> dict[str, torch.Tensor]:
-    groups = {"weight": model.weights, "scale": model.scales, "bias": model.biases}
-    tensors = {f"{name}.{kind}": one for kind, group in groups.items() for name, one in group.items()}
     # A bias of -0.0 comes back as 0.0.
-    tensors |= {name: one + 0.0 for name, one in tensors.items() if name.endswith(".bias")}
-    qparams = [(name, one.scale, one.zero_point) for name, one in model.activations.items()]
-    tensors |= {name: torch.tensor([scale, zero_point]) for name, scale, zero_point in qparams}
-    return tensors
+    biases = {name: bias + 0.0 for name, bias in model.biases.items()}
+    groups = {"weight": model.weights, "scale": model.scales, "bias": biases}
+    tensors = {f"{name}.{kind}": one for kind, group in groups.items() for name, one in group.items()}
+    return tensors | {
+        name: torch.tensor([one.scale, one.zero_point]) for name, one in model.activations.items()
+    }
 
 
 def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -1,8 +1,8 @@
-"""An int8 MobileNetV2 as plain tensors: the output of quantization and the source of every file format.
+"""An int8 MobileNetV2 as plain tensors: the result of quantization and the source of every file format.
 
 Conventions:
 
-- Activations use all of 0 to 255. ReLU6 is not an operation: the range of the convolution before it is
+- Activations use all values from 0 to 255. ReLU6 is not an operation: the range of the convolution before it is
   observed after the ReLU6, so it lies within [0, 6] with zero point 0, and saturation is the clamp.
 - Weights are symmetric (zero point 0), so that a pruned weight is exactly 0 in int8.
 - A bias is a whole number of accumulator steps (input scale times weight scale), no finer than needed
@@ -32,11 +32,7 @@ class QParams:
     zero_point: int
 
     def __post_init__(self) -> None:
-        """Check the values, which may come from a damaged file.
-
-        Raises:
-            ValueError: the scale is not positive and finite, or the zero point is not in 0 to 255.
-        """
+        """Raise ValueError for an invalid scale or zero point, which a damaged file may hold."""
         if not (0 < self.scale < math.inf and 0 <= self.zero_point <= 255):
             raise ValueError("an activation has an invalid scale or zero point")
 
