@@ -2,7 +2,7 @@
 
 Conventions:
 
-- Activations use all values from 0 to 255. ReLU6 is not an operation: the range of the convolution before it is
+- Activations use the values 0 to 255. ReLU6 is not an operation: the range of the convolution before it is
   observed after the ReLU6, so it lies within [0, 6] with zero point 0, and saturation is the clamp.
 - Weights are symmetric (zero point 0), so that a pruned weight is exactly 0 in int8.
 - A bias is a whole number of accumulator steps (input scale times weight scale), no finer than needed
