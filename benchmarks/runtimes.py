@@ -97,42 +97,37 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def openvino_start(model: bytes) -> Start:
+def start_openvino(model: bytes, threads: int, batch_size: int) -> Run:
     """Run an ONNX model in OpenVINO."""
     (openvino,) = import_optional("openvino")
     core = openvino.Core()
     graph = core.read_model(io.BytesIO(model))
+    graph.reshape([batch_size, *(d.get_length() for d in list(graph.input(0).partial_shape)[1:])])
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",  # or float layers would run in bfloat16
+    }
+    request = core.compile_model(graph, "CPU", options).create_infer_request()
 
-    def start(threads: int, batch_size: int) -> dict[str, Run]:
-        fixed = graph.clone()
-        fixed.reshape([batch_size, *(d.get_length() for d in list(graph.input(0).partial_shape)[1:])])
-        options = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-            "INFERENCE_NUM_THREADS": threads,
-            "INFERENCE_PRECISION_HINT": "f32",  # or float layers would run in bfloat16
-        }
-        request = core.compile_model(fixed, "CPU", options).create_infer_request()
+    def run(images: Tensor) -> Tensor:
+        results = request.infer({0: images.numpy()}, share_inputs=True, share_outputs=True)
+        return torch.from_numpy(results[0])
 
-        def run(images: Tensor) -> Tensor:
-            results = request.infer({0: images.numpy()}, share_inputs=True, share_outputs=True)
-            return torch.from_numpy(results[0])
-
-        return {"default": run}
-
-    return start
+    return run
 
 
-RUNTIMES: dict[str, tuple[str, Callable[[bytes], Start]]] = {
-    "ONNX Runtime": (
-        "onnxruntime",
-        lambda model: lambda threads, _: {"default": start_session(model, threads)},
-    ),
-    "OpenVINO": ("openvino", openvino_start),
+Runtime = Callable[[bytes, int, int], Run]
+"""Takes an ONNX model, the number of threads and the batch size."""
+RUNTIMES: dict[str, tuple[str, Runtime]] = {
+    "ONNX Runtime": ("onnxruntime", lambda model, threads, _: start_session(model, threads)),
+    "OpenVINO": ("openvino", start_openvino),
 }
+"""By name, the package that is needed and how to start a model."""
 
 
-def installed_runtimes() -> dict[str, Callable[[bytes], Start]]:
+def installed_runtimes() -> dict[str, Runtime]:
     """Return the RUNTIMES whose packages are installed.
 
     Raises:
@@ -152,10 +147,7 @@ def installed_runtimes() -> dict[str, Callable[[bytes], Start]]:
 
 
 def gather(
-    runtimes: dict[str, Callable[[bytes], Start]],
-    weights: CompleteWeights,
-    data: ImageData,
-    args: argparse.Namespace,
+    runtimes: dict[str, Runtime], weights: CompleteWeights, data: ImageData, args: argparse.Namespace
 ) -> dict[str, Start]:
     """Quantize the model and return all contestants by name."""
     side, limit = weights.image_size, args.num_calibration_batches
@@ -176,9 +168,13 @@ def gather(
     contestants: dict[str, Start] = {FLOAT: lambda _threads, _batch_size: floats, OURS: start_ours}
     metadata = metadata_of(weights)
     float_model, int8_model = (to_onnx(model, metadata).SerializeToString() for model in (folded, int8))
+
+    def start_theirs(start: Runtime, model: bytes, threads: int, batch_size: int) -> dict[str, Run]:
+        return {"default": start(model, threads, batch_size)}
+
     for name, start in runtimes.items():
-        contestants[f"{name} float"] = start(float_model)
-        contestants[f"{name} int8, our weights"] = start(int8_model)
+        contestants[f"{name} float"] = partial(start_theirs, start, float_model)
+        contestants[f"{name} int8, our weights"] = partial(start_theirs, start, int8_model)
     return contestants
 
 

@@ -67,19 +67,19 @@ def open_files(args: argparse.Namespace) -> dict[str, ModelFile]:
     """
     files = {path: open_model(path, args.output_stride) for path in dict.fromkeys(args.model_file)}
     first = files[args.model_file[0]]
-    side = first.metadata.image_size
     for file in files.values():
-        if file.metadata.image_size != side:
+        sides = file.metadata.image_size, first.metadata.image_size
+        if sides[0] != sides[1]:
             raise UserError(
-                f"{file.path} takes images of {file.metadata.image_size} pixels, {first.path} of {side}: "
+                f"{file.path} takes images of {sides[0]} pixels, {first.path} of {sides[1]}: "
                 "give files of one image size"
             )
     return files
 
 
-def rows_of(files: dict[str, ModelFile], measured: dict[str, Latency]) -> list[dict[str, Any]]:
+def rows_of(files: dict[str, ModelFile], measured: dict[str, tuple[str, Latency]]) -> list[dict[str, Any]]:
     """Return one row per file, with units in the names; `speedup` is relative to the first file."""
-    first = next(iter(measured.values()))
+    _, first = next(iter(measured.values()))
     return [
         {
             "file": name,
@@ -92,7 +92,7 @@ def rows_of(files: dict[str, ModelFile], measured: dict[str, Latency]) -> list[d
             "images_per_s": round(1000 * latency.batch_size / latency.median_ms, 1),
             "speedup": round(latency.speedup_over(first), 2),
         }
-        for name, latency in measured.items()
+        for name, (_, latency) in measured.items()
     ]
 
 
@@ -120,7 +120,7 @@ def main(args: argparse.Namespace) -> None:
     )
     for name, (form, _) in fastest.items():
         print(f"{name}: {files[name].metadata.variant}, {form}")
-    rows = rows_of(files, {name: latency for name, (_, latency) in fastest.items()})
+    rows = rows_of(files, fastest)
     print(
         f"torch {torch.__version__}, {runtime.cpu_name()}, {torch.get_num_threads()} threads, "
         f"batch size {args.batch_size}, images of {image_size}x{image_size}, {args.rounds} rounds\n"

@@ -39,7 +39,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch_size",
         type=cli.positive_int,
-        help="fixed number of images per batch (default: any)",
+        help="fixed number of images per batch (default: any number)",
     )
     parser.add_argument(
         "--num_check_images",
@@ -58,18 +58,17 @@ def check_batches(file: ModelFile, data: ImageData, args: argparse.Namespace) ->
     Raises:
         UserError: the test split is smaller than one batch.
     """
-    split = data.split("test")
+    split, batch_size = data.split("test"), args.batch_size or CHECK_BATCH_SIZE
     if args.batch_size is None:
         # The last batch is usually smaller, which checks that any batch size works.
         split = split.subset(torch.arange(min(args.num_check_images, len(split))))
-        return Loader(split, file.fit(data), CHECK_BATCH_SIZE)
-    if args.batch_size > len(split):
+    elif batch_size > len(split):
         raise UserError(
             f"--batch_size {args.batch_size} is more than the {len(split)} test images, on which the file "
             "is checked: give a smaller one"
         )
-    limit = -(-args.num_check_images // args.batch_size)
-    return Loader(split, file.fit(data), args.batch_size, drop_last=True, limit=limit)
+    limit = -(-args.num_check_images // batch_size)
+    return Loader(split, file.fit(data), batch_size, drop_last=args.batch_size is not None, limit=limit)
 
 
 def main(args: argparse.Namespace) -> None:

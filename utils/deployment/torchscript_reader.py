@@ -112,13 +112,12 @@ def _int8_model(metadata: Metadata, code: str, constants: list[Any]) -> Int8Mode
         activations[name] = QParams(float(scale), int(zero_point))
         if name not in shapes:
             continue
-        weight, biases[name] = constants[int(index)].weight_and_bias()
+        weight, biases[name] = constants[int(index)].weight, constants[int(index)].bias
         weights[name], scales[name] = weight.values, weight.scales
         expected = shapes[name], shapes[name][:1], torch.int8
-        if (weight.values.shape, biases[name].shape, weight.values.dtype) != expected:
+        found_as = weight.values.shape, biases[name].shape, weight.values.dtype
+        if found_as != expected or weight.scales.shape not in ((1,), shapes[name][:1]):
             raise ValueError(f"{name} has another shape or type")
-        if weight.scales.shape not in ((1,), shapes[name][:1]):
-            raise ValueError(f"{name} has scales of shape {tuple(weight.scales.shape)}")
     return Int8Model(metadata.architecture, weights, scales, biases, activations)
 
 
@@ -147,13 +146,9 @@ class _PackedParameters:
     """The weight and bias of a convolution or linear layer, which torch packs into one object."""
 
     def __setstate__(self, state: tuple) -> None:
-        self.state = state
-
-    def weight_and_bias(self) -> tuple[_Quantized, Tensor]:
-        flat = [one for part in self.state for one in (part if isinstance(part, list) else [part])]
-        (weight,) = [one for one in flat if isinstance(one, _Quantized)]
-        (bias,) = [one for one in flat if isinstance(one, Tensor) and one.dtype == torch.float32]
-        return weight, bias
+        flat = [one for part in state for one in (part if isinstance(part, list) else [part])]
+        (self.weight,) = [one for one in flat if isinstance(one, _Quantized)]
+        (self.bias,) = [one for one in flat if isinstance(one, Tensor) and one.dtype == torch.float32]
 
 
 class _Unpickler(pickle.Unpickler):

@@ -103,8 +103,8 @@ def split_zeros(
         encodings: DENSE, MASK or GAPS for each tensor.
     """
     kept, is_masked, has_gaps = is_kept(values), *_encoded_as((MASK, GAPS), sizes, encodings)
-    is_dense = ~(is_masked | has_gaps)
-    return np.packbits(kept[is_masked]), to_gaps(kept[has_gaps]), values[kept | is_dense]
+    stored = kept | ~(is_masked | has_gaps)
+    return np.packbits(kept[is_masked]), to_gaps(kept[has_gaps]), values[stored]
 
 
 def find_values(

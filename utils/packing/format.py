@@ -147,13 +147,11 @@ class PackedFile:
         by_stream = {stream: [slot for slot in slots if slot.stream == stream] for stream in STREAMS}
         by_stream = {stream: members for stream, members in by_stream.items() if members}
         dtypes = {stream: self.header["types"][stream] for stream in by_stream}
-        for stream, dtype in dtypes.items():
-            if dtype not in types[stream]:
-                raise ValueError(f"{stream} has type {dtype!r}")
+        if any(dtype not in types[stream] for stream, dtype in dtypes.items()):
+            raise ValueError(f"its streams have the types {dtypes}")
         size = sum(slot.size * np.dtype(dtypes[slot.stream]).itemsize for slot in slots)
-        length = len(self.archive.content)
-        if size > FREE_BYTES + LARGEST_RATIO * length:
-            raise ValueError(f"{length} bytes of file cannot hold {size} bytes of tensors")
+        if size > FREE_BYTES + LARGEST_RATIO * len(self.archive.content):
+            raise ValueError(f"it is too small for {size} bytes of tensors")
 
         tensors: dict[str, np.ndarray] = {}
         for stream, members in by_stream.items():

@@ -61,7 +61,7 @@ def check_same(path: str | os.PathLike, source: Source, dtype: str) -> str:
         found = float_weights.read_weights(path)["state_dict"]
     else:
         expected, found = _tensors(source[0]), _tensors(int8_weights.read_int8(path)[0])
-    differing = [name for name in expected if not _same_bits(expected[name], found[name])]
+    differing = [name for name in expected if _bits(expected[name]) != _bits(found[name])]
     if differing:
         raise RuntimeError(f"{path}: {', '.join(differing)} did not come back")
     return f"{len(expected)} tensors came back bit for bit{' as float16' * (dtype == 'float16')}"
@@ -77,9 +77,8 @@ def _tensors(model: Int8Model) -> dict[str, torch.Tensor]:
     }
 
 
-def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
-    one, other = first.numpy(), second.numpy()
-    return (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
+def _bits(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
+    return tensor.dtype, tensor.shape, tensor.numpy().tobytes()
 
 
 def packed_sizes(path: str | os.PathLike) -> "pd.DataFrame":
@@ -124,12 +123,10 @@ def packed_sizes(path: str | os.PathLike) -> "pd.DataFrame":
         shares = np.diff(ends, prepend=0).tolist()
         rows += [(layer, kind, share) for (layer, _), share in zip(parts, shares, strict=True)]
     rows.append(("", "header", path.stat().st_size - sum(size for _, _, size in rows)))
-    sizes = pd.DataFrame(rows, columns=["layer", "kind", "bytes"])
-    sizes = sizes.groupby(["layer", "kind"], sort=False, as_index=False).sum()
     order = [*dict.fromkeys(slot.layer for slot in slots if slot.layer), ""]
-    return sizes.sort_values(
-        "layer", key=lambda column: column.map(order.index), kind="stable", ignore_index=True
-    )
+    rows.sort(key=lambda row: order.index(row[0]))
+    sizes = pd.DataFrame(rows, columns=["layer", "kind", "bytes"])
+    return sizes.groupby(["layer", "kind"], sort=False, as_index=False).sum()
 
 
 def format_sizes(sizes: "pd.DataFrame") -> str:
