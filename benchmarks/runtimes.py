@@ -1,9 +1,9 @@
 """Inference time of the same weights in TorchScript (ours), ONNX Runtime and OpenVINO, float and int8.
 
-The others run our float and our int8 model as scripts/export_onnx.py writes them. All take turns in each
-round, for each batch size and number of threads; medians are compared. Nobody wins by being wrong: an int8
-model whose logits are more than twice as far from those of the float model as ours (root mean square) is
-shown but not counted.
+The others run our float and int8 models as scripts/export_onnx.py writes them. For each batch size and
+number of threads, all of them take turns in each round, and medians are compared. Nobody wins by being
+wrong: an int8 model whose logits are more than twice as far from those of the float model as ours (root
+mean square) is shown but not counted.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,9 @@ from utils.checkpoints.weights import CompleteWeights, add_output_stride_argumen
 from utils.common import cli, errors, runtime
 from utils.common.errors import UserError
 from utils.common.optional_packages import import_optional
-from utils.common.tables import format_table
 from utils.data.datasets import ImageData, load_data
 from utils.data.loader import Loader
-from utils.deployment.latency import Latency, measure_fastest_forms
+from utils.deployment.latency import Latency, format_rows, measure_fastest_forms
 from utils.deployment.onnx import start_session, to_onnx
 from utils.deployment.torchscript import float_forms, to_torchscript
 from utils.open_model import metadata_of
@@ -39,15 +39,25 @@ from utils.quantization.bias_correction import correct_biases
 
 Run = Callable[[Tensor], Tensor]
 Start = Callable[[int, int], dict[str, Run]]
-"""From threads and batch size to the forms of a model by name (such as an engine); the fastest one counts."""
+"""Takes the number of threads and the batch size; returns the forms of a model by name, such as an engine."""
 
 OURS, FLOAT = "TorchScript int8", "TorchScript float"
 COMPARE_BATCH_SIZE = 32
 LARGEST_ERROR = 2.0
-"""Times that of ours."""
+"""Largest RMS error of a model that counts, as a multiple of ours."""
 REST_S = 0.01
-"""Before each turn, so that the threads of the previous runtime stop spinning while they wait for work."""
+"""Pause before each turn, after which threads of the previous runtime no longer spin, waiting for work."""
 WARM_UP = 5
+COLUMNS = {
+    "model": ("model", "{}"),
+    "median ms": ("median_latency_ms", "{:.3f}"),
+    "times ours": ("times_ours", "{:.2f}"),
+    "same class %": ("same_class_pct", "{:.2f}"),
+    "rms error": ("rms_error", "{:.1e}"),
+    "largest": ("largest_error", "{:.1e}"),
+    "test %": ("test_accuracy_pct", "{:.2f}"),
+}
+"""Columns of the printed tables: header, key in a row, format."""
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -64,18 +74,18 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--batch_sizes", type=cli.positive_int, nargs="+", default=[1, 32, 256], help="images per call"
     )
     parser.add_argument(
-        "--thread_counts", type=cli.thread_count, nargs="+", default=[1, 2], help="instead of --threads"
+        "--thread_counts", type=cli.thread_count, nargs="+", default=[1, 2], help="used instead of --threads"
     )
     parser.add_argument(
         "--backends",
         nargs="+",
         default=["fbgemm", "x86", "onednn"],
         metavar="ENGINE",
-        help="quantization engines for ours",
+        help="quantization engines for our int8 model",
     )
     parser.add_argument("--rounds", type=cli.positive_int, default=60, help="timed calls of each model")
     parser.add_argument(
-        "--num_calibration_batches", type=cli.positive_int, default=16, help="of 32 training images each"
+        "--num_calibration_batches", type=cli.positive_int, default=16, help="batches of 32 training images"
     )
     parser.add_argument(
         "--num_images", type=cli.positive_int, default=2000, help="test images to compare outputs on"
@@ -87,45 +97,38 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def onnxruntime_start(model: bytes) -> Start:
-    """Run an ONNX model in ONNX Runtime."""
-    return lambda threads, _batch_size: {"default": start_session(model, threads)}
-
-
-def openvino_start(model: bytes) -> Start:
+def start_openvino(model: bytes, threads: int, batch_size: int) -> Run:
     """Run an ONNX model in OpenVINO."""
     (openvino,) = import_optional("openvino")
     core = openvino.Core()
     graph = core.read_model(io.BytesIO(model))
+    graph.reshape([batch_size, *(d.get_length() for d in list(graph.input(0).partial_shape)[1:])])
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",  # or float layers would run in bfloat16
+    }
+    request = core.compile_model(graph, "CPU", options).create_infer_request()
 
-    def start(threads: int, batch_size: int) -> dict[str, Run]:
-        fixed = graph.clone()
-        fixed.reshape([batch_size, *(d.get_length() for d in list(graph.input(0).partial_shape)[1:])])
-        options = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-            "INFERENCE_NUM_THREADS": threads,
-            "INFERENCE_PRECISION_HINT": "f32",  # or float layers would run in bfloat16
-        }
-        request = core.compile_model(fixed, "CPU", options).create_infer_request()
+    def run(images: Tensor) -> Tensor:
+        results = request.infer({0: images.numpy()}, share_inputs=True, share_outputs=True)
+        return torch.from_numpy(results[0])
 
-        def run(images: Tensor) -> Tensor:
-            results = request.infer({0: images.numpy()}, share_inputs=True, share_outputs=True)
-            return torch.from_numpy(results[0])
-
-        return {"default": run}
-
-    return start
+    return run
 
 
-RUNTIMES: dict[str, tuple[str, Callable[[bytes], Start]]] = {
-    "ONNX Runtime": ("onnxruntime", onnxruntime_start),
-    "OpenVINO": ("openvino", openvino_start),
+Runtime = Callable[[bytes, int, int], Run]
+"""Takes an ONNX model, the number of threads and the batch size."""
+RUNTIMES: dict[str, tuple[str, Runtime]] = {
+    "ONNX Runtime": ("onnxruntime", lambda model, threads, _: start_session(model, threads)),
+    "OpenVINO": ("openvino", start_openvino),
 }
+"""By name, the package that is needed and how to start a model."""
 
 
-def installed_runtimes() -> dict[str, Callable[[bytes], Start]]:
-    """Return those of RUNTIMES whose package is installed.
+def installed_runtimes() -> dict[str, Runtime]:
+    """Return the RUNTIMES whose packages are installed.
 
     Raises:
         UserError: none is.
@@ -144,10 +147,7 @@ def installed_runtimes() -> dict[str, Callable[[bytes], Start]]:
 
 
 def gather(
-    runtimes: dict[str, Callable[[bytes], Start]],
-    weights: CompleteWeights,
-    data: ImageData,
-    args: argparse.Namespace,
+    runtimes: dict[str, Runtime], weights: CompleteWeights, data: ImageData, args: argparse.Namespace
 ) -> dict[str, Start]:
     """Quantize the model and return all contestants by name."""
     side, limit = weights.image_size, args.num_calibration_batches
@@ -168,9 +168,13 @@ def gather(
     contestants: dict[str, Start] = {FLOAT: lambda _threads, _batch_size: floats, OURS: start_ours}
     metadata = metadata_of(weights)
     float_model, int8_model = (to_onnx(model, metadata).SerializeToString() for model in (folded, int8))
+
+    def start_theirs(start: Runtime, model: bytes, threads: int, batch_size: int) -> dict[str, Run]:
+        return {"default": start(model, threads, batch_size)}
+
     for name, start in runtimes.items():
-        contestants[f"{name} float"] = start(float_model)
-        contestants[f"{name} int8, our weights"] = start(int8_model)
+        contestants[f"{name} float"] = partial(start_theirs, start, float_model)
+        contestants[f"{name} int8, our weights"] = partial(start_theirs, start, int8_model)
     return contestants
 
 
@@ -178,7 +182,7 @@ def gather(
 def compare_outputs(
     contestants: dict[str, Start], weights: CompleteWeights, data: ImageData, num_images: int
 ) -> dict[str, dict[str, float]]:
-    """Return how far logits and classes are from those of the float model, and the accuracy, by name."""
+    """Return, by name, how far logits and classes are from those of the float model, and the accuracy."""
     split = data.test.subset(torch.arange(min(num_images, len(data.test))))
     loader = Loader(split, weights.normalization, COMPARE_BATCH_SIZE, drop_last=True)
     expected = torch.cat([weights.model(images) for images, _ in loader])
@@ -204,21 +208,17 @@ def time_case(
     """Return the fastest form of each contestant and its times."""
     torch.set_num_threads(threads)
     inputs = torch.randn(batch_size, 3, side, side)
-    ours = inputs.to(memory_format=torch.channels_last)  # what it takes without rearranging
+    ours = inputs.to(memory_format=torch.channels_last)  # which TorchScript need not rearrange
 
-    def fixed(run: Run, images: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda _: run(images)
-
-    models = {}
+    models: dict[str, dict[str, Callable[[Tensor], object]]] = {}
     for name, start in contestants.items():
         images = ours if name in (OURS, FLOAT) else inputs
-        models[name] = {form: fixed(run, images) for form, run in start(threads, batch_size).items()}
-
-    def rest(_name: str) -> None:
-        if threads > 1:
-            time.sleep(REST_S)
-
-    return measure_fastest_forms(models, inputs, rounds, WARM_UP, before=rest)
+        models[name] = {
+            form: partial(lambda run, images, _: run(images), run, images)
+            for form, run in start(threads, batch_size).items()
+        }
+    rest_s = REST_S if threads > 1 else 0.0
+    return measure_fastest_forms(models, inputs, rounds, WARM_UP, before=lambda _: time.sleep(rest_s))
 
 
 def rows_of(
@@ -240,23 +240,8 @@ def rows_of(
     ]
 
 
-def format_rows(rows: list[dict[str, Any]]) -> str:
-    """Lay out the table of one case."""
-    columns = {
-        "model": ("model", "{}"),
-        "median ms": ("median_latency_ms", "{:.3f}"),
-        "times ours": ("times_ours", "{:.2f}"),
-        "same class %": ("same_class_pct", "{:.2f}"),
-        "rms error": ("rms_error", "{:.1e}"),
-        "largest": ("largest_error", "{:.1e}"),
-        "test %": ("test_accuracy_pct", "{:.2f}"),
-    }
-    cells = [[form.format(row[key]) for key, form in columns.values()] for row in rows]
-    return format_table(list(columns), cells)
-
-
 def main(args: argparse.Namespace) -> None:
-    """Quantize, compare outputs, time every case, print a table each and the least favourable ratio."""
+    """Quantize, compare outputs, time every case, print their tables and the least favourable ratio."""
     if args.quick:
         args.thread_counts, args.batch_sizes, args.rounds = [1], [1, 32], 20
         args.num_calibration_batches, args.num_images, args.backends = 2, 128, args.backends[:1]
@@ -274,22 +259,18 @@ def main(args: argparse.Namespace) -> None:
     macs = metadata_of(weights).macs
     print(f"torch {torch.__version__}, {runtime.cpu_name()}, {macs / 1e6:.2f} million MACs per image")
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for threads, batch_size in itertools.product(args.thread_counts, args.batch_sizes):
         measured = time_case(contestants, weights.image_size, threads, batch_size, args.rounds)
         case = rows_of(measured, outputs, threads)
-        print(f"\nthreads {threads}, batch size {batch_size}\n{format_rows(case)}", flush=True)
-        rows.append(case)
+        print(f"\nthreads {threads}, batch size {batch_size}\n{format_rows(case, COLUMNS)}", flush=True)
+        rows += case
     if args.record:
-        runtime.write_record(args.record, args, {"macs": macs, "rows": list(itertools.chain(*rows))})
-    best = [
-        min(counted, key=lambda row: row["times_ours"])
-        for case in rows
-        if (counted := [row for row in case if row["counts"]])
-    ]
-    if not best:
+        runtime.write_record(args.record, args, {"macs": macs, "rows": rows})
+    counted = [row for row in rows if row["counts"]]
+    if not counted:
         raise UserError("no other int8 model gives the outputs of the float one: see the column rms error")
-    worst = min(best, key=lambda row: row["times_ours"])
+    worst = min(counted, key=lambda row: row["times_ours"])
     print(
         f"\nratio {1 / worst['times_ours']:.2f} (int8 inference, ms at batch size {worst['batch_size']} and "
         f"{worst['threads']} threads, our TorchScript against {worst['model']}, the best other; the least "

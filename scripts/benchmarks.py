@@ -1,40 +1,39 @@
-"""Benchmark the inference of model files of any kind, interleaved: every file runs once per round.
+"""Benchmark inference with model files of any kind, in interleaved rounds.
 
-Weights (.pth) are timed the way they would be deployed: frozen TorchScript with the batch norms folded
+Weights (.pth) are timed the way they would be deployed: as frozen TorchScript with the batch norms folded
 into the convolutions, in whichever form is fastest in these rounds.
 """
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import Tensor
 
 from utils.checkpoints.weights import add_output_stride_argument
 from utils.common import cli, errors, runtime
 from utils.common.csv_files import write_csv
 from utils.common.errors import UserError
 from utils.common.files import file_size_mb
-from utils.common.tables import format_table
-from utils.deployment.latency import Latency, measure_fastest_forms
+from utils.deployment.latency import Latency, format_rows, measure_fastest_forms
 from utils.deployment.torchscript import float_forms
 from utils.open_model import ModelFile, open_model
 
-# Name in CSV and record, header in the printed table, decimals in both.
-COLUMNS = (
-    ("size_mb", "size MB", 2),
-    ("median_latency_ms", "median ms", 3),
-    ("p90_latency_ms", "p90 ms", 3),
-    ("p99_latency_ms", "p99 ms", 3),
-    ("median_latency_ms_per_image", "ms/image", 4),
-    ("images_per_s", "images/s", 1),
-    ("speedup", "speed-up", 2),
-)
+COLUMNS = {
+    "file": ("file", "{}"),
+    "variant": ("variant", "{}"),
+    "size MB": ("size_mb", "{:.2f}"),
+    "median ms": ("median_latency_ms", "{:.3f}"),
+    "p90 ms": ("p90_latency_ms", "{:.3f}"),
+    "p99 ms": ("p99_latency_ms", "{:.3f}"),
+    "ms/image": ("median_latency_ms_per_image", "{:.4f}"),
+    "images/s": ("images_per_s", "{:.1f}"),
+    "speed-up": ("speedup", "{:.2f}"),
+}
+"""Columns of the printed table: header, name in CSV and record, format."""
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -61,7 +60,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def open_files(args: argparse.Namespace) -> dict[str, ModelFile]:
-    """Open the files, by the names they were given.
+    """Open the files; return them by path.
 
     Raises:
         UserError: one of them cannot be opened, or they take images of different sizes.
@@ -78,41 +77,23 @@ def open_files(args: argparse.Namespace) -> dict[str, ModelFile]:
     return files
 
 
-def forms_of(file: ModelFile) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return the forms of the model to time; only the fastest is shown."""
-    if file.metadata.engine:
-        return {f"TorchScript, engine {file.metadata.engine}": file.model}
-    return float_forms(file.model, file.metadata.image_size)
-
-
-def rows_of(files: dict[str, ModelFile], measured: dict[str, Latency]) -> list[dict[str, Any]]:
-    """Return one row per file, with the unit in each name; `speedup` is relative to the first file."""
-    first = next(iter(measured.values()))
-    rows = []
-    for name, latency in measured.items():
-        values = (
-            file_size_mb(name),
-            latency.median_ms,
-            latency.p90_ms,
-            latency.p99_ms,
-            latency.median_ms_per_image,
-            latency.images_per_s,
-            latency.speedup_over(first),
-        )
-        numbers = {key: round(v, digits) for (key, _, digits), v in zip(COLUMNS, values, strict=True)}
-        rows.append({"file": name, "variant": files[name].metadata.variant, **numbers})
-    return rows
-
-
-def format_rows(rows: list[dict[str, Any]]) -> str:
-    """Lay out the table to print."""
-    return format_table(
-        ["file", "variant", *(header for _, header, _ in COLUMNS)],
-        [
-            [row["file"], row["variant"], *(f"{row[key]:.{digits}f}" for key, _, digits in COLUMNS)]
-            for row in rows
-        ],
-    )
+def rows_of(files: dict[str, ModelFile], measured: dict[str, tuple[str, Latency]]) -> list[dict[str, Any]]:
+    """Return one row per file, with units in the names; `speedup` is relative to the first file."""
+    _, first = next(iter(measured.values()))
+    return [
+        {
+            "file": name,
+            "variant": files[name].metadata.variant,
+            "size_mb": round(file_size_mb(name), 2),
+            "median_latency_ms": round(latency.median_ms, 3),
+            "p90_latency_ms": round(latency.percentile_ms(90), 3),
+            "p99_latency_ms": round(latency.percentile_ms(99), 3),
+            "median_latency_ms_per_image": round(latency.median_ms / latency.batch_size, 4),
+            "images_per_s": round(1000 * latency.batch_size / latency.median_ms, 1),
+            "speedup": round(latency.speedup_over(first), 2),
+        }
+        for name, (_, latency) in measured.items()
+    ]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -123,8 +104,15 @@ def main(args: argparse.Namespace) -> None:
     image_size = next(iter(files.values())).metadata.image_size
     inputs = torch.randn(args.batch_size, 3, image_size, image_size).to(memory_format=torch.channels_last)
 
+    # Only the fastest form of each model is shown.
+    forms = {
+        name: {f"TorchScript, engine {engine}": file.model}
+        if (engine := file.metadata.engine)
+        else float_forms(file.model, image_size)
+        for name, file in files.items()
+    }
     fastest = measure_fastest_forms(
-        {name: forms_of(file) for name, file in files.items()},
+        forms,
         inputs,
         args.rounds,
         args.warm_up,
@@ -132,12 +120,12 @@ def main(args: argparse.Namespace) -> None:
     )
     for name, (form, _) in fastest.items():
         print(f"{name}: {files[name].metadata.variant}, {form}")
-    rows = rows_of(files, {name: latency for name, (_, latency) in fastest.items()})
+    rows = rows_of(files, fastest)
     print(
         f"torch {torch.__version__}, {runtime.cpu_name()}, {torch.get_num_threads()} threads, "
         f"batch size {args.batch_size}, images of {image_size}x{image_size}, {args.rounds} rounds\n"
     )
-    print(format_rows(rows))
+    print(format_rows(rows, COLUMNS))
     if args.csv:
         write_csv(args.csv, list(rows[0]), [list(row.values()) for row in rows])
     if args.record:

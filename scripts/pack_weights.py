@@ -34,16 +34,16 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=DTYPES,
         help="float16 rounds float weights and halves their size; int8 is for files that are int8 already "
-        "(default: the type of the file)",
+        "(default: the type of the input file)",
     )
     return parser
 
 
 def source_of(file: ModelFile, dtype: str | None) -> tuple[Source, str]:
-    """Return what to pack of a file, and as which type.
+    """Return what to pack from a file, and as which type.
 
     Args:
-        file: of any kind.
+        file: a file of any kind.
         dtype: --dtype; None for the type of the file.
 
     Raises:
@@ -85,7 +85,7 @@ def check_logits(file: ModelFile, packed: ModelFile) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Pack, read back and compare; the file is only kept if all is equal."""
+    """Pack, read back and compare; the file is kept only if everything is equal."""
     runtime.check_outputs(args, "o")
     file = open_model(args.weights)
     source, dtype = source_of(file, args.dtype)

@@ -1,8 +1,8 @@
 """Plot a model file: density and size of each layer, weight histograms, the bytes of a packed file.
 
 Takes every file that evaluate.py takes. With --before, the histograms compare the weights with those of
-another file of the same architecture, such as the model before pruning; if only one of the two has folded
-batch norms, they are folded in the other as well.
+another file of the same architecture, such as the model before pruning; if only one of the two has its
+batch norms folded, they are folded in the other as well.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_same_architecture(before: ModelFile, after: ModelFile) -> None:
-    """Make sure that the two can be compared layer by layer.
+    """Make sure that two models can be compared layer by layer.
 
     Raises:
         UserError: a layer has another shape.

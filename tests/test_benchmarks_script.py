@@ -139,7 +139,7 @@ def test_bad_input(benchmark, tiny_weights, scripted, tmp_path):
     assert "none.pt does not exist" in refused(tiny_weights, tmp_path / "none.pt")
     assert "expected at least one argument" in refused()
     for flag in ("--batch_size", "--rounds", "--warm_up"):
-        assert "whole number of at least 1" in refused(tiny_weights, flag, 0)
+        assert "a whole number from 1 to" in refused(tiny_weights, flag, 0)
     (tmp_path / "there.csv").write_text("old")
     assert "there.csv exists: give --force" in refused(tiny_weights, "--csv", tmp_path / "there.csv")
     assert (tmp_path / "there.csv").read_text() == "old"

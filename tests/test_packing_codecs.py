@@ -9,13 +9,13 @@ from utils.packing.codecs import (
     DENSE,
     GAPS,
     MASK,
-    Places,
     choose,
+    find_values,
     from_gaps,
     from_planes,
     huffman_size,
     is_kept,
-    join_places,
+    split_zeros,
     to_gaps,
     to_planes,
 )
@@ -70,21 +70,30 @@ def test_gaps_of_any_length_come_back(bits, stretch):
     assert from_gaps(to_gaps(kept)).tolist() == np.flatnonzero(kept).tolist()
 
 
-@given(st.lists(st.tuples(tensors(), st.sampled_from((MASK, GAPS))), max_size=6))
+@given(
+    st.lists(st.tuples(tensors(), st.sampled_from((DENSE, MASK, GAPS))), min_size=1, max_size=6),
+    st.sampled_from(DTYPES),
+)
 @settings(max_examples=200, deadline=None)
-def test_tensors_that_share_streams_get_their_own_places(chosen):
-    arrays, encodings = [array for array, _ in chosen], "".join(encoding for _, encoding in chosen)
-    places = Places(*join_places(arrays, encodings))
-    for array, encoding in chosen:
-        assert places.take(encoding, array.size).tolist() == np.flatnonzero(is_kept(array)).tolist()
-    assert places.are_used_up()
+def test_tensors_that_share_streams_get_their_own_values(chosen, dtype):
+    arrays = [is_kept(array).astype(dtype) for array, _ in chosen]
+    sizes, encodings = [len(array) for array in arrays], "".join(encoding for _, encoding in chosen)
+    joined = np.concatenate(arrays)
+    mask, gaps, values = split_zeros(joined, sizes, encodings)
+    stored = find_values(mask, gaps, sizes, encodings)
+    assert len(values) == np.count_nonzero(stored)
+    restored = np.zeros_like(joined)
+    restored[stored] = values
+    assert np.array_equal(restored, joined)
+    for part, array, encoding in zip(np.split(stored, np.cumsum(sizes)[:-1]), arrays, encodings, strict=True):
+        assert part.all() if encoding == DENSE else np.array_equal(part, array != 0)
 
 
-def test_bits_that_belong_to_nothing_are_noticed():
-    mask, gaps = join_places([np.ones(3, np.int8)], MASK)
-    for changed in (Places(mask | 1, gaps), Places(mask, np.zeros(1, np.uint8))):
-        changed.take(MASK, 3)
-        assert not changed.are_used_up()
+def test_masks_and_gaps_that_do_not_fit_are_noticed():
+    with pytest.raises(ValueError):
+        find_values(np.zeros(1, np.uint8), np.zeros(0, np.uint8), [9], MASK)
+    with pytest.raises(IndexError):
+        find_values(np.zeros(0, np.uint8), np.full(1, 3, np.uint8), [3], GAPS)
 
 
 def test_each_tensor_takes_what_is_smallest_for_it():

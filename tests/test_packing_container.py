@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from utils.common.errors import UserError
-from utils.packing.container import HEADER, LONGEST_NPY_HEADER, Archive, write_archive
+from utils.packing.container import HEADER, LONGEST_NPY_HEADER, Archive, reading, write_archive
 
 DATA_START = 30 + len(HEADER)
 """Where the content of the first member begins: after its local header and its name."""
@@ -40,7 +40,7 @@ def refused(tmp_path):
     def refuse(content: bytes) -> str:
         path = tmp_path / "bad.packed"
         path.write_bytes(content)
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(UserError, match="is truncated or damaged") as caught, reading(path):
             Archive(path).read(HEADER, 2**20)
         assert len(str(caught.value).splitlines()) == 1
         assert str(path) in str(caught.value)
@@ -116,9 +116,9 @@ def test_equal_content_gives_equal_bytes_on_every_system(arrays, monkeypatch):
 def test_a_limit_is_held(path):
     archive = Archive(path)
     assert len(archive.array("zeros", 5000)) == 5000
-    with pytest.raises(UserError, match="zeros cannot be read"):
+    with pytest.raises(ValueError, match="zeros has"):
         archive.array("zeros", 4999)
-    with pytest.raises(UserError, match=r"header\.json cannot be read"):
+    with pytest.raises(ValueError, match=r"header\.json has"):
         archive.read(HEADER, 3)
 
 
@@ -138,7 +138,7 @@ def test_a_decompression_bomb_takes_no_memory(refused, method, size):
     content = content.replace(struct.pack("<I", 60 * 2**20), struct.pack("<I", size))
     tracemalloc.start()
     try:
-        assert "header.json cannot be read" in refused(content)
+        refused(content)
         assert tracemalloc.get_traced_memory()[1] < 2**24
     finally:
         tracemalloc.stop()
@@ -153,31 +153,19 @@ def test_a_huge_lzma_dictionary_is_refused_before_it_is_allocated(tmp_path, refu
         assert Archive(path).read(HEADER, 2000) == b" " * 2000
     for size in (2**25, 2**30, 2**32 - 1):
         struct.pack_into("<I", content, DATA_START + 5, size)
-        assert "header.json cannot be read" in refused(bytes(content))
-        path.write_bytes(content)
-        with pytest.raises(UserError) as caught:
-            Archive(path).read(HEADER, 2000)
-        assert "Memory usage limit exceeded" in str(caught.value.__cause__)
+        assert "Memory usage limit exceeded" in refused(bytes(content))
 
 
 def test_other_methods_are_refused(refused):
-    assert "header.json cannot be read" in refused(archive_of(b"{}", zipfile.ZIP_BZIP2))
+    assert "compression method 12" in refused(archive_of(b"{}", zipfile.ZIP_BZIP2))
     encrypted = bytearray(archive_of(b"{}", zipfile.ZIP_STORED))
     encrypted[encrypted.index(b"PK\x01\x02") + 8] |= 1
-    assert "header.json cannot be read" in refused(bytes(encrypted))
+    assert "encrypted" in refused(bytes(encrypted))
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"not a zip at all" * 10])
 def test_what_is_no_archive(refused, content):
-    assert "its directory cannot be read" in refused(content)
-
-
-def test_a_name_that_comes_twice(tmp_path, refused):
-    path = tmp_path / "twice.packed"
-    with pytest.warns(UserWarning), zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(HEADER, "{}")
-        archive.writestr(HEADER, "[]")
-    assert "names a member twice" in refused(path.read_bytes())
+    refused(content)
 
 
 @pytest.mark.parametrize("offset", [0, 3, 9, DATA_START, DATA_START + 4])
@@ -185,4 +173,4 @@ def test_a_short_member(tmp_path, refused, offset):
     """Its local header or its content is cut, though the directory is whole."""
     content = archive_of(b" " * 2000, zipfile.ZIP_LZMA)
     start = content.index(b"PK\x01\x02")
-    assert "cannot be read" in refused(content[:offset] + content[start:])
+    refused(content[:offset] + content[start:])

@@ -1,4 +1,4 @@
-"""What PTQ and QAT share: flags, calibration images, and the comparison of int8 with float."""
+"""Flags, calibration images, and the comparison of int8 with float, for both PTQ and QAT."""
 
 import os
 from argparse import ArgumentParser, Namespace
@@ -15,10 +15,9 @@ from utils.checkpoints.weights import CompleteWeights
 from utils.common.cli import positive_int
 from utils.common.files import BYTES_PER_MB
 from utils.common.runtime import cpu_name
-from utils.common.tables import format_table
 from utils.data.datasets import ImageData, Normalization
 from utils.data.loader import Loader
-from utils.deployment.latency import measure_fastest_forms
+from utils.deployment.latency import format_rows, measure_fastest_forms
 from utils.deployment.torchscript import (
     Scripted,
     float_forms,
@@ -31,6 +30,17 @@ from utils.quantization.eager import WEIGHT_BITS
 from utils.quantization.int8_model import Int8Model
 
 WARM_UP = 10
+COLUMNS = {
+    "model": ("variant", "{}"),
+    "file MB": ("size_mb", "{:.2f}"),
+    "density %": ("density_pct", "{:.2f}"),
+    "test %": ("test_accuracy_pct", "{:.2f}"),
+    "vs float": ("accuracy_change_points", "{:+.2f}"),
+    "median ms": ("median_latency_ms", "{:.3f}"),
+    "p90 ms": ("p90_latency_ms", "{:.3f}"),
+    "speed-up": ("speedup", "{:.2f}"),
+}
+"""Columns of the printed table: header, key, format."""
 
 
 def add_quantization_arguments(parser: ArgumentParser) -> None:
@@ -45,7 +55,7 @@ def add_quantization_arguments(parser: ArgumentParser) -> None:
         "--backend",
         default="fbgemm",
         metavar="ENGINE",
-        help="quantization engine that the int8 models are made for: fbgemm, x86 or onednn (x86 CPUs; "
+        help="quantization engine to make the int8 models for: fbgemm, x86 or onednn (x86 CPUs; "
         "benchmarks/README.md says which is the fastest when), qnnpack (ARM)",
     )
     group.add_argument(
@@ -61,7 +71,7 @@ def add_quantization_arguments(parser: ArgumentParser) -> None:
         "--num_calibration_batches",
         type=positive_int,
         default=32,
-        help="batches of training images that activation ranges are calibrated on",
+        help="batches of training images to calibrate activation ranges on",
     )
     group.add_argument(
         "--num_eval_batches",
@@ -76,7 +86,7 @@ def add_quantization_arguments(parser: ArgumentParser) -> None:
 
 
 def calibration_batches(data: ImageData, normalization: Normalization, args: Namespace) -> Loader:
-    """Return training images to calibrate on: not augmented, shuffled by the seed."""
+    """Return training images to calibrate on, not augmented, shuffled with the seed."""
     return Loader(
         data.train,
         normalization,
@@ -89,7 +99,7 @@ def calibration_batches(data: ImageData, normalization: Normalization, args: Nam
 
 @dataclass(frozen=True)
 class Deployment:
-    """A model as TorchScript, with its results on the test images; `size_mb` is the size of its file."""
+    """A model as TorchScript, with its results on the test images and the size of its file."""
 
     model: MobileNetV2 | Int8Model
     scripted: Scripted
@@ -121,8 +131,8 @@ def deploy(
         model: int8, or float with its batch norms folded.
         weights: what it was made from, with class names and normalization.
         engine: the current quantization engine.
-        batches: of the test split.
-        metrics: stored in the file along with the accuracy.
+        batches: batches of the test split.
+        metrics: measured numbers to store in the file along with the accuracy.
     """
     if isinstance(model, Int8Model):
         tensors = [*model.weights.values(), *model.biases.values()]
@@ -154,7 +164,7 @@ def deploy(
 
 
 def compare(deployments: Sequence[Deployment], args: Namespace) -> list[dict[str, Any]]:
-    """Time the models in interleaved rounds and return one row each, relative to the first, float one.
+    """Time the models in interleaved rounds and return one row each; the first is the float model.
 
     The float model is timed in its fastest TorchScript form, so that the speed-up is not overstated.
     """
@@ -183,7 +193,7 @@ def compare(deployments: Sequence[Deployment], args: Namespace) -> list[dict[str
                 "accuracy_change_points": evaluation.accuracy_pct - first.evaluation.accuracy_pct,
                 "latency_batch_size": latency.batch_size,
                 "median_latency_ms": latency.median_ms,
-                "p90_latency_ms": latency.p90_ms,
+                "p90_latency_ms": latency.percentile_ms(90),
                 "speedup": latency.speedup_over(first_latency),
             }
         )
@@ -191,26 +201,10 @@ def compare(deployments: Sequence[Deployment], args: Namespace) -> list[dict[str
 
 
 def format_comparison(rows: Sequence[dict[str, Any]]) -> str:
-    """Lay out the rows of `compare` under a line that names the conditions."""
-    batch_size = rows[0]["latency_batch_size"]
+    """Lay out the rows of `compare` below a line that names the conditions."""
     conditions = (
         f"torch {torch.__version__}, {cpu_name()}, {torch.get_num_threads()} threads, "
-        f"times of a batch of {batch_size}"
+        f"times of a batch of {rows[0]['latency_batch_size']}"
     )
-    table = format_table(
-        ["model", "file MB", "density %", "test %", "vs float", "median ms", "p90 ms", "speed-up"],
-        [
-            (
-                row["variant"],
-                f"{row['size_mb']:.2f}",
-                f"{100 * row['density']:.2f}",
-                f"{row['test_accuracy_pct']:.2f}",
-                f"{row['accuracy_change_points']:+.2f}",
-                f"{row['median_latency_ms']:.3f}",
-                f"{row['p90_latency_ms']:.3f}",
-                f"{row['speedup']:.2f}",
-            )
-            for row in rows
-        ],
-    )
-    return f"{conditions}\n\n{table}"
+    rows = [{**row, "density_pct": 100 * row["density"]} for row in rows]
+    return f"{conditions}\n\n{format_rows(rows, COLUMNS)}"

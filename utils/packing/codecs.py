@@ -1,15 +1,15 @@
-"""Tensors as streams of bytes that compress well, and back bit for bit.
+"""Turns tensors into streams of bytes that compress well, and back, bit for bit.
 
 Two steps, both lossless:
 
-- Zeros. If a tensor has many zeros, only the other values are kept, together with their places: as a
-  bit mask (one bit per weight) or as gaps (the number of zeros before each value; 255 means 255 zeros
-  and no value). The smallest of the three is chosen by the size of its Huffman-coded bytes.
-- Planes. Bytes of the same significance stand together, the most significant ones first: the exponents
-  of floats are much alike, the end of a mantissa is noise. A float is rotated by one bit first, so that
-  its sign comes last; the sign of an int32 is moved there too (zigzag).
+- Zeros. A tensor is stored dense, or as its nonzero values and their positions: a bit mask (one bit per
+  weight) or gaps (the number of zeros before each value; 255 means 255 zeros and no value). Whichever of
+  the three has the fewest Huffman-coded bytes is used.
+- Planes. Bytes of the same significance are stored together, the most significant first: the exponents
+  of floats are much alike, while the low bits of a mantissa are noise. A float is first rotated by one
+  bit, which moves its sign to the end; the sign of an int32 is moved there too (zigzag).
 
--0.0 is not a zero here, and comes back as it was.
+-0.0 counts as a value, not as a zero, and is restored.
 """
 
 import zlib
@@ -32,7 +32,7 @@ def as_integers(values: np.ndarray) -> np.ndarray:
 
 
 def to_planes(values: np.ndarray) -> np.ndarray:
-    """Return the bytes (itemsize, n) of float16, float32, int8 or int32, most significant ones first."""
+    """Return the bytes (itemsize, n) of float16, float32, int8 or int32 values, most significant first."""
     bits, last = as_integers(values), 8 * values.itemsize - 1
     if values.dtype.kind == "f":
         bits = (bits << 1) | (bits >> last)
@@ -62,13 +62,13 @@ def to_gaps(kept: np.ndarray) -> np.ndarray:
 
 
 def from_gaps(gaps: np.ndarray) -> np.ndarray:
-    """Return the places of the kept values."""
+    """Return the positions of the kept values; the inverse of `to_gaps`."""
     ends = np.cumsum(np.where(gaps == LONGEST_GAP, LONGEST_GAP, gaps.astype(np.int64) + 1))
     return ends[gaps != LONGEST_GAP] - 1
 
 
 def huffman_size(data: np.ndarray) -> int:
-    """Return the size in bytes of data that deflate has coded by frequency alone."""
+    """Return the size in bytes of Huffman-coded data: deflate without a search for repetitions."""
     coder = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL + 1, zlib.Z_HUFFMAN_ONLY)
     return len(coder.compress(np.ascontiguousarray(data).tobytes()) + coder.flush())
 
@@ -79,7 +79,7 @@ def planes_size(values: np.ndarray) -> int:
 
 
 def choose(values: np.ndarray) -> str:
-    """Return the encoding, DENSE, MASK or GAPS, with which a tensor is smallest."""
+    """Return the encoding that makes a tensor smallest: DENSE, MASK or GAPS."""
     kept = is_kept(values)
     sparse = planes_size(values.reshape(-1)[kept])
     costs = {
@@ -90,37 +90,45 @@ def choose(values: np.ndarray) -> str:
     return min(costs, key=costs.__getitem__)
 
 
-class Places:
-    """The places of the values of sparse tensors: the streams `mask` and `gaps`, which all of them share.
+def split_zeros(
+    values: np.ndarray, sizes: Sequence[int], encodings: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the streams `mask` and `gaps`, and the values to store.
 
-    The tensors of each kind are joined to one long tensor, so that no count is needed.
+    The tensors of each encoding are joined into one long tensor, so that no counts need to be stored.
+
+    Args:
+        values: values of all tensors, one tensor after the other.
+        sizes: number of values of each tensor.
+        encodings: DENSE, MASK or GAPS for each tensor.
     """
-
-    def __init__(self, mask: np.ndarray, gaps: np.ndarray) -> None:
-        self.bits = np.unpackbits(mask)
-        self.places = from_gaps(gaps)
-        self.taken = {MASK: 0, GAPS: 0}
-
-    def take(self, encoding: str, size: int) -> np.ndarray:
-        """Return the places of the values of the next tensor, counted from its start."""
-        start = self.taken[encoding]
-        self.taken[encoding] = end = start + size
-        if encoding == MASK:
-            return np.flatnonzero(self.bits[start:end])
-        first, end_place = np.searchsorted(self.places, (start, end))
-        return self.places[first:end_place] - start
-
-    def are_used_up(self) -> bool:
-        """Return whether nothing is left but the padding bits in the last byte of the mask."""
-        rest = self.bits[self.taken[MASK] :]
-        last = self.places[-1] if len(self.places) else -1
-        return len(rest) < 8 and not rest.any() and last < self.taken[GAPS]
+    kept, is_masked, has_gaps = is_kept(values), *_encoded_as((MASK, GAPS), sizes, encodings)
+    stored = kept | ~(is_masked | has_gaps)
+    return np.packbits(kept[is_masked]), to_gaps(kept[has_gaps]), values[stored]
 
 
-def join_places(tensors: Sequence[np.ndarray], encodings: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the streams `mask` and `gaps` of tensors with these encodings."""
-    joined = {}
-    for kind in (MASK, GAPS):
-        parts = [is_kept(t) for t, encoding in zip(tensors, encodings, strict=True) if encoding == kind]
-        joined[kind] = np.concatenate(parts) if parts else np.zeros(0, bool)
-    return np.packbits(joined[MASK]), to_gaps(joined[GAPS])
+def find_values(
+    mask: np.ndarray, gaps: np.ndarray, sizes: Sequence[int], encodings: Sequence[str]
+) -> np.ndarray:
+    """Return which values of all tensors are stored; the others are zero.
+
+    Args:
+        mask, gaps: streams from `split_zeros`.
+        sizes, encodings: as for `split_zeros`.
+
+    Raises:
+        ValueError, IndexError: `mask` or `gaps` does not fit the tensors.
+    """
+    is_masked, has_gaps = _encoded_as((MASK, GAPS), sizes, encodings)
+    stored = ~(is_masked | has_gaps)
+    count = np.count_nonzero(is_masked)
+    if len(mask) != -(-count // 8):
+        raise ValueError(f"the mask has {len(mask)} bytes for {count} weights")
+    stored[is_masked] = np.unpackbits(mask)[:count]
+    stored[np.flatnonzero(has_gaps)[from_gaps(gaps)]] = True
+    return stored
+
+
+def _encoded_as(kinds: Sequence[str], sizes: Sequence[int], encodings: Sequence[str]) -> list[np.ndarray]:
+    """Return, for each kind, which values belong to a tensor of that encoding."""
+    return [np.repeat([encoding == kind for encoding in encodings], sizes) for kind in kinds]

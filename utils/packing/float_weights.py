@@ -1,59 +1,61 @@
-"""Float weights, dense or pruned, as packed files: the whole state_dict, float32 or float16.
+"""Packed files of float weights, dense or pruned: the whole state_dict as float32 or float16.
 
 The stream `values` holds the weights in forward order, `biases` the classifier's, and `batch_norm` the
 scales of all batch norms, then their shifts, running means and running variances.
 
-float32 comes back bit for bit. float16 rounds every value to the nearest float16 and reads it back as
-float32, batch norms included. The relative error is at most 2**-11; values below 6e-5 have an absolute
-error of 3e-8, which is negligible next to the 1e-5 that is added to a running variance.
+float32 comes back bit for bit. float16 rounds every value, including those of batch norms, to the nearest
+float16, which is read as float32. The relative error is at most 2**-11; values below 6e-5 have an absolute
+error of at most 3e-8, which is negligible next to the 1e-5 that a batch norm adds to its variance.
 """
 
 import os
 from dataclasses import asdict
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from models import MobileNetV2
 from utils.checkpoints.weights import FORMAT, FORMAT_VERSION, Weights
 from utils.common.errors import UserError
 from utils.common.runtime import plain, versions
-from utils.packing.format import ARCHITECTURE_ERRORS, PackedFile, Slot, encode
+from utils.packing.container import reading
+from utils.packing.format import PackedFile, Slot, encode
+from utils.quantization.int8_model import layer_shapes
 
 TYPES = ("float32", "float16")
 STREAM_TYPES = dict.fromkeys(("values", "biases", "batch_norm"), TYPES)
 COUNTER = "num_batches_tracked"
 
 
-def float_slots(model: nn.Module) -> list[Slot]:
+def float_slots(architecture: dict[str, Any]) -> list[Slot]:
     """List the slots of a MobileNetV2, except for the counters of its batch norms.
 
     Batch-norm vectors are grouped by kind, since similar numbers compress better together.
     """
-    layer, slots = "", []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            layer = name
-        for key, value in module.state_dict(prefix=f"{name}.").items() if not list(module.children()) else ():
-            parameter = key.rpartition(".")[2]
-            if isinstance(module, nn.BatchNorm2d):
-                stream = "batch_norm"
-            else:
-                stream = "values" if parameter == "weight" else "biases"
-            if parameter != COUNTER:
-                slots.append(Slot(key, layer, stream, tuple(value.shape)))
-    order = {"weight": 0, "bias": 1, "running_mean": 2, "running_var": 3}
-    return sorted(slots, key=lambda slot: order[slot.name.rpartition(".")[2]])
+    shapes = layer_shapes(architecture)
+    *convolutions, classifier = shapes
+    return [
+        *(Slot(f"{name}.weight", name, "values", shape) for name, shape in shapes.items()),
+        *(
+            Slot(f"{_norm_after(name)}.{kind}", name, "batch_norm", shapes[name][:1])
+            for kind in ("weight", "bias", "running_mean", "running_var")
+            for name in convolutions
+        ),
+        Slot(f"{classifier}.bias", classifier, "biases", shapes[classifier][:1]),
+    ]
+
+
+def _norm_after(convolution: str) -> str:
+    """Return the name of the batch norm after a convolution."""
+    sequence, _, index = convolution.rpartition(".")
+    return f"{sequence}.{int(index) + 1}"
 
 
 def round_to(state: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
-    """Return the state_dict that comes back from a packed file of this type.
+    """Return the state_dict that a packed file of this type gives back.
 
     Raises:
-        UserError: a value is too large for it.
+        UserError: a value is too large for the type.
     """
     if dtype == "float32":
         return state
@@ -69,13 +71,13 @@ def round_to(state: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tens
 
 
 def encode_weights(weights: Weights, dtype: str) -> bytes:
-    """Return the content of a packed file of `weights`; dtype is one of TYPES.
+    """Return the content of a packed file of `weights`; `dtype` is one of TYPES.
 
     Raises:
         UserError: a value is NaN, infinite, or too large for the type.
     """
     state = round_to(weights.model.state_dict(), dtype)
-    slots = float_slots(weights.model)
+    slots = float_slots(weights.model.architecture)
     header = {
         "dtype": dtype,
         "kind": weights.kind,
@@ -91,20 +93,14 @@ def encode_weights(weights: Weights, dtype: str) -> bytes:
     return encode(plain(header), slots, tensors)
 
 
-def read_slots(file: PackedFile) -> list[Slot]:
-    """List the slots of a packed file of float weights.
+def read_tensors(file: PackedFile) -> tuple[list[Slot], dict[str, np.ndarray]]:
+    """Return the slots of a packed file of float weights, and its tensors by name.
 
     Raises:
-        UserError: its architecture is invalid, or it holds an int8 model.
+        ValueError, KeyError, ...: the file is damaged.
     """
-    if file.header.get("dtype") not in TYPES:
-        raise UserError(
-            f"{file.path} is a packed int8 model: weights (.pth, or packed float) are wanted here"
-        )
-    try:
-        return _layout(tuple(file.header["architecture"].items()))[0]
-    except ARCHITECTURE_ERRORS as error:
-        raise file.wrong(error) from error
+    slots = float_slots(file.header["architecture"])
+    return slots, file.read(slots, STREAM_TYPES)
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, Any]:
@@ -113,24 +109,14 @@ def read_weights(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         UserError: the file is damaged, foreign, of another version, or holds an int8 model.
     """
-    file = PackedFile(path)
-    arrays = file.read(read_slots(file), STREAM_TYPES)
-    tensors = {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items()}
-    _, names = _layout(tuple(file.header["architecture"].items()))
-    try:
-        counts = torch.tensor(file.header[COUNTER], dtype=torch.int64)
-        counters = [name for name in names if name.endswith(COUNTER)]
-        tensors.update(zip(counters, counts, strict=True))
-    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise file.wrong(error) from error
-    state = {name: tensors[name] for name in names}
-    return file.header | {"format": FORMAT, "format_version": FORMAT_VERSION, "state_dict": state}
-
-
-@lru_cache(maxsize=8)
-def _layout(architecture: tuple[tuple[str, Any], ...]) -> tuple[list[Slot], list[str]]:
-    """Return the slots, and the names in the state_dict."""
-    # The meta device allocates nothing, whatever the header asks for.
-    with torch.device("meta"):
-        model = MobileNetV2(**dict(architecture))
-    return float_slots(model), list(model.state_dict())
+    with reading(path):
+        file = PackedFile(path)
+        header = file.header
+        if header["dtype"] == "int8":
+            raise UserError(f"{path} is a packed int8 model: weights (.pth, or packed float) are wanted here")
+        _, arrays = read_tensors(file)
+        state = {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items()}
+        norms = [name.removesuffix("running_var") for name in state if name.endswith("running_var")]
+        counts = torch.tensor(header[COUNTER], dtype=torch.int64)
+        state |= {f"{norm}{COUNTER}": count for norm, count in zip(norms, counts, strict=True)}
+    return header | {"format": FORMAT, "format_version": FORMAT_VERSION, "state_dict": state}

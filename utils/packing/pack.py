@@ -1,4 +1,4 @@
-"""Pack models into small files, check what comes back, and report where the bytes go.
+"""Pack models into small files, check that they come back, and report where the bytes go.
 
 utils/packing/format.py describes the format.
 """
@@ -15,7 +15,8 @@ from utils.common.errors import UserError
 from utils.common.files import check_input
 from utils.common.tables import format_table
 from utils.packing import float_weights, int8_weights
-from utils.packing.codecs import GAPS, MASK, huffman_size, is_kept, planes_size, to_gaps
+from utils.packing.codecs import DENSE, MASK, huffman_size, is_kept, planes_size, to_gaps
+from utils.packing.container import reading
 from utils.packing.format import PackedFile, is_packed
 from utils.quantization.int8_model import Int8Model
 
@@ -46,13 +47,13 @@ def encode(source: Source, dtype: str) -> bytes:
 
 
 def check_same(path: str | os.PathLike, source: Source, dtype: str) -> str:
-    """Read a packed file and compare it with what it was made from, bit for bit.
+    """Read a packed file and compare it bit for bit with what it was made from.
 
     Returns:
-        A sentence that says what was compared.
+        What was compared, for the user.
 
     Raises:
-        RuntimeError: something differs.
+        RuntimeError: a tensor differs.
         UserError: the file cannot be opened.
     """
     if isinstance(source, Weights):
@@ -60,27 +61,24 @@ def check_same(path: str | os.PathLike, source: Source, dtype: str) -> str:
         found = float_weights.read_weights(path)["state_dict"]
     else:
         expected, found = _tensors(source[0]), _tensors(int8_weights.read_int8(path)[0])
-    if list(expected) != list(found):
-        raise RuntimeError(f"{path}: the list of tensors did not come back")
-    differing = [name for name in expected if not _same_bits(expected[name], found[name])]
+    differing = [name for name in expected if _bits(expected[name]) != _bits(found[name])]
     if differing:
         raise RuntimeError(f"{path}: {', '.join(differing)} did not come back")
     return f"{len(expected)} tensors came back bit for bit{' as float16' * (dtype == 'float16')}"
 
 
 def _tensors(model: Int8Model) -> dict[str, torch.Tensor]:
-    groups = {"weight": model.weights, "scale": model.scales, "bias": model.biases}
-    tensors = {f"{name}.{kind}": one for kind, group in groups.items() for name, one in group.items()}
     # A bias of -0.0 comes back as 0.0.
-    tensors |= {name: one + 0.0 for name, one in tensors.items() if name.endswith(".bias")}
-    qparams = [(name, one.scale, one.zero_point) for name, one in model.activations.items()]
-    tensors |= {name: torch.tensor([scale, zero_point]) for name, scale, zero_point in qparams}
-    return tensors
+    biases = {name: bias + 0.0 for name, bias in model.biases.items()}
+    groups = {"weight": model.weights, "scale": model.scales, "bias": biases}
+    tensors = {f"{name}.{kind}": one for kind, group in groups.items() for name, one in group.items()}
+    return tensors | {
+        name: torch.tensor([one.scale, one.zero_point]) for name, one in model.activations.items()
+    }
 
 
-def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
-    one, other = first.numpy(), second.numpy()
-    return (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
+def _bits(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
+    return tensor.dtype, tensor.shape, tensor.numpy().tobytes()
 
 
 def packed_sizes(path: str | os.PathLike) -> "pd.DataFrame":
@@ -100,24 +98,21 @@ def packed_sizes(path: str | os.PathLike) -> "pd.DataFrame":
     path = check_input(path, "packed file")
     if not is_packed(path):
         raise UserError(f"{path} is not a packed file: give one of scripts/pack_weights.py")
-    file = PackedFile(path)
-    module = int8_weights if file.header.get("dtype") == "int8" else float_weights
-    slots = module.read_slots(file)
-    tensors = file.read(slots, module.STREAM_TYPES)
-    encodings = dict(
-        zip((s.name for s in slots if s.stream == "values"), file.header["encodings"], strict=True)
-    )
+    with reading(path):
+        file = PackedFile(path)
+        module = int8_weights if file.header["dtype"] == "int8" else float_weights
+        slots, tensors = module.read_tensors(file)
+    encodings = iter(file.header["encodings"])
 
     # Layer and Huffman-coded size of each tensor, by stream.
     alone: dict[str, list[tuple[str, int]]] = {}
     for slot in slots:
         values = tensors[slot.name].reshape(-1)
-        if encodings.get(slot.name) in (MASK, GAPS):
+        encoding = next(encodings) if slot.stream == "values" else DENSE
+        if encoding != DENSE:
             kept = is_kept(values)
             values = values[kept]
-            stream, places = (
-                ("mask", np.packbits(kept)) if encodings[slot.name] == MASK else ("gaps", to_gaps(kept))
-            )
+            stream, places = ("mask", np.packbits(kept)) if encoding == MASK else ("gaps", to_gaps(kept))
             alone.setdefault(stream, []).append((slot.layer, huffman_size(places)))
         alone.setdefault(slot.stream, []).append((slot.layer, planes_size(values)))
     rows: list[tuple[str, str, int]] = []
@@ -128,12 +123,10 @@ def packed_sizes(path: str | os.PathLike) -> "pd.DataFrame":
         shares = np.diff(ends, prepend=0).tolist()
         rows += [(layer, kind, share) for (layer, _), share in zip(parts, shares, strict=True)]
     rows.append(("", "header", path.stat().st_size - sum(size for _, _, size in rows)))
-    sizes = pd.DataFrame(rows, columns=["layer", "kind", "bytes"])
-    sizes = sizes.groupby(["layer", "kind"], sort=False, as_index=False).sum()
     order = [*dict.fromkeys(slot.layer for slot in slots if slot.layer), ""]
-    return sizes.sort_values(
-        "layer", key=lambda column: column.map(order.index), kind="stable", ignore_index=True
-    )
+    rows.sort(key=lambda row: order.index(row[0]))
+    sizes = pd.DataFrame(rows, columns=["layer", "kind", "bytes"])
+    return sizes.groupby(["layer", "kind"], sort=False, as_index=False).sum()
 
 
 def format_sizes(sizes: "pd.DataFrame") -> str:

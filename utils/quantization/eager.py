@@ -1,4 +1,4 @@
-"""Calibration, fake quantization and int8 modules from torch's eager-mode quantization.
+"""Calibration, fake quantization and int8 modules, by means of torch's eager-mode quantization.
 
 Only this module and models/mobilenetv2_quantization.py use torch.ao.quantization, which is deprecated but
 still part of torch.
@@ -19,6 +19,7 @@ from torch.ao.nn.intrinsic import qat as fused
 
 from models import MobileNetV2, MobileNetV2Quantization
 from models.folding import INPUT, fold_batch_norms, without_constant_channels
+from models.statistics import prunable_layers
 from utils.common import distributed
 from utils.common.devices import device_of, on_device
 from utils.common.errors import UserError
@@ -29,12 +30,12 @@ WEIGHT_BITS = (8, 7, 6, 5, 4)
 
 
 def supported_engines() -> list[str]:
-    """List the quantization engines that this machine runs."""
+    """List the quantization engines that this machine supports."""
     return [name for name in torch.backends.quantized.supported_engines if name != "none"]
 
 
 def use_engine(name: str) -> None:
-    """Make `name` the quantization engine: int8 modules are packed for it, and run on it.
+    """Make `name` the current quantization engine: int8 modules are packed for it and run on it.
 
     Raises:
         UserError: torch does not support it on this machine.
@@ -47,7 +48,7 @@ def use_engine(name: str) -> None:
 
 @contextmanager
 def engine(name: str | None) -> Iterator[None]:
-    """Use an engine within the block; None keeps the current one.
+    """Use a quantization engine within the block; None keeps the current one.
 
     Raises:
         UserError: as `use_engine`.
@@ -65,13 +66,13 @@ def calibrate(model: MobileNetV2Quantization, batches: Iterable[tuple[Tensor, Te
     """Return a copy of a float model with folded batch norms and calibrated activation observers.
 
     Args:
-        model: not fused; stays as it is.
-        batches: of training images, preprocessed as for inference; at least one.
+        model: not fused; it is not changed.
+        batches: batches of training images, preprocessed as for inference; at least one.
     """
     observed: Any = fold_batch_norms(without_constant_channels(model))
     with quietly():
         _set_observers(observed, ActivationObserver, lambda: WeightObserver(per_channel=True))
-        # Logits keep their full range: two that are clipped could no longer be told apart.
+        # Logits keep their full range: two clipped logits could no longer be told apart.
         observed.classifier[-1].qconfig = observed.qconfig._replace(activation=eager.MinMaxObserver)
         eager.prepare(observed, inplace=True)
     with torch.no_grad():
@@ -84,8 +85,8 @@ def post_training_quantize(calibrated: nn.Module, per_channel: bool, weight_bits
     """Quantize a calibrated model to int8.
 
     Args:
-        calibrated: from `calibrate`; stays as it is.
-        per_channel: whether each output channel of a weight has a scale of its own.
+        calibrated: from `calibrate`; it is not changed.
+        per_channel: whether each output channel of a weight has its own scale.
         weight_bits: one of WEIGHT_BITS; see `layer_bits`.
     """
     model = copy.deepcopy(calibrated)
@@ -99,11 +100,11 @@ def prepare_qat(
 ) -> nn.Module:
     """Return a copy of a float model that trains with per-channel fake quantization.
 
-    `calibrate_qat` initialises its activation ranges. Its state_dict holds everything that `convert_qat`
-    needs and loads into any model that this function returns for the same arguments.
+    `calibrate_qat` initializes its activation ranges. Its state_dict holds everything that `convert_qat`
+    needs, and fits any model that this function returns for the same arguments.
 
     Args:
-        model: not fused; stays as it is.
+        model: not fused; it is not changed.
         weight_bits: one of WEIGHT_BITS; see `layer_bits`.
         has_batch_norms: whether to train with batch norms. Otherwise they are folded into the weights
             first, which halves the time per step (static folding: Nagel et al., 2021, section 5.2.1,
@@ -114,7 +115,7 @@ def prepare_qat(
         trained = fused_model = copy.deepcopy(model).train()
         fused_model.fuse_for_qat()
     else:
-        # torch freezes the biases that folding makes.
+        # torch freezes the biases that folding creates.
         trained = fold_batch_norms(without_constant_channels(model)).train().requires_grad_(True)
     with quietly():
         _set_observers(
@@ -137,15 +138,14 @@ def layer_bits(model: nn.Module, weight_bits: int) -> dict[Any, int]:
     cost 0.6 to 1 point of accuracy on CIFAR-10 at 5 bits and 1 to 6 points at 4 bits, most in heavily
     pruned models.
     """
-    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    return {
-        layer: 8 if layer is layers[0] or getattr(layer, "groups", 1) > 1 else weight_bits for layer in layers
-    }
+    first, *others = prunable_layers(model).values()
+    bits = {layer: 8 if getattr(layer, "groups", 1) > 1 else weight_bits for layer in others}
+    return {first: 8, **bits}
 
 
 @torch.no_grad()
 def calibrate_qat(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Initialise the activation ranges of a model from `prepare_qat` before it trains.
+    """Initialize the activation ranges of a model from `prepare_qat` before it trains.
 
     Ranges taken from the first training batch, while every layer is already rounding, would make the first
     steps undo what the weights have learned.
@@ -170,7 +170,7 @@ def freeze_batch_norms(model: nn.Module) -> None:
 
 
 def convert_qat(model: nn.Module) -> Int8Model:
-    """Convert a model from `prepare_qat` to int8; the model itself stays as it is."""
+    """Convert a model from `prepare_qat` to int8; the model itself is not changed."""
     return _convert(copy.deepcopy(model).cpu().eval())
 
 
@@ -185,29 +185,24 @@ def to_module(model: Int8Model) -> nn.Module:
     with quietly():
         for name in activation_names(model.architecture):
             qparams = model.activations[name]
-            path = "quant" if name == INPUT else name
-            layer = module.get_submodule(path)
-            replacement: Any
             if name == INPUT:
-                replacement = int8.Quantize(qparams.scale, qparams.zero_point, torch.quint8)
-            elif isinstance(layer, nn.Linear):
+                module.quant = int8.Quantize(qparams.scale, qparams.zero_point, torch.quint8)
+                continue
+            layer = module.get_submodule(name)
+            replacement: Any = int8.QFunctional()
+            if isinstance(layer, nn.Linear):
                 replacement = int8.Linear(layer.in_features, layer.out_features)
             elif isinstance(layer, nn.Conv2d):
                 sizes = (layer.in_channels, layer.out_channels, layer.kernel_size)
                 rest = (layer.stride, layer.padding, layer.dilation, layer.groups)
                 replacement = int8.Conv2d(*sizes, *rest)
-            else:
-                replacement = int8.QFunctional()
             if name in model.weights:
                 replacement.set_weight_bias(_quantized_weight(model, name), model.biases[name])
-            if name != INPUT:
-                replacement.scale, replacement.zero_point = qparams.scale, qparams.zero_point
-            folder, _, child = path.rpartition(".")
-            setattr(module.get_submodule(folder), child, replacement)
-        for parent in list(module.modules()):
-            for child, layer in list(parent.named_children()):
-                if isinstance(layer, nn.BatchNorm2d | nn.ReLU6):
-                    setattr(parent, child, nn.Identity())
+            replacement.scale, replacement.zero_point = qparams.scale, qparams.zero_point
+            module.set_submodule(name, replacement)
+        for name, layer in list(module.named_modules()):
+            if isinstance(layer, nn.BatchNorm2d | nn.ReLU6):
+                module.set_submodule(name, nn.Identity())
         module.dequant = int8.DeQuantize()
     return module.eval()
 
@@ -285,7 +280,7 @@ class ActivationObserver(eager.HistogramObserver):
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         """Return scale and zero point, each of shape (1,)."""
         if self.min_val > self.max_val:
-            # It saw nothing: the addition of a block without a shortcut.
+            # It has seen nothing: the addition in a block without a shortcut.
             return torch.ones(1), torch.zeros(1, dtype=torch.int)
         return choose_activation_qparams(self.histogram, self.min_val, self.max_val)
 
@@ -293,13 +288,13 @@ class ActivationObserver(eager.HistogramObserver):
 def _set_observers(model: Any, activation: Any, weight: Any) -> None:
     """Set the observers of activations and weights; the input of a ReLU6 is not observed."""
     model.qconfig = eager.QConfig(activation, weight)
-    for sequence in _ending_in_relu6(model):
+    for sequence in ending_in_relu6(model).values():
         sequence[0].qconfig = eager.QConfig(nn.Identity, weight)
 
 
 def _convert(model: nn.Module) -> Int8Model:
     """Convert a model in place to int8 modules and return their tensors."""
-    for sequence in _ending_in_relu6(model):
+    for sequence in ending_in_relu6(model).values():
         sequence[0].activation_post_process = sequence[-1].activation_post_process
         sequence[-1] = nn.Identity()
     with quietly():
@@ -307,11 +302,10 @@ def _convert(model: nn.Module) -> Int8Model:
         return from_module(model).with_rounded_biases()
 
 
-def _ending_in_relu6(model: nn.Module) -> Iterator[Any]:
-    """Yield the sequences whose last module is a ReLU6."""
-    for module in model.modules():
-        if isinstance(module, nn.Sequential) and isinstance(module[-1], nn.ReLU6):
-            yield module
+def ending_in_relu6(model: nn.Module) -> dict[str, Any]:
+    """Return the sequences whose last module is a ReLU6, by name."""
+    sequences = {name: one for name, one in model.named_modules() if isinstance(one, nn.Sequential)}
+    return {name: one for name, one in sequences.items() if isinstance(one[-1], nn.ReLU6)}
 
 
 @contextmanager

@@ -1,14 +1,15 @@
-"""An int8 MobileNetV2 as plain tensors: the output of quantization and the source of every file format.
+"""An int8 MobileNetV2 as plain tensors: the result of quantization and the source of every file format.
 
 Conventions:
 
-- Activations use all of 0 to 255. ReLU6 is not an operation: the range of the convolution before it is
+- Activations use the values 0 to 255. ReLU6 is not an operation: the range of the convolution before it is
   observed after the ReLU6, so it lies within [0, 6] with zero point 0, and saturation is the clamp.
 - Weights are symmetric (zero point 0), so that a pruned weight is exactly 0 in int8.
 - A bias is a whole number of accumulator steps (input scale times weight scale), no finer than needed
   (`bias_units`), so that engines with int32 biases compute the same as engines with float biases.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -29,6 +30,11 @@ class QParams:
 
     scale: float
     zero_point: int
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an invalid scale or zero point, which a damaged file may hold."""
+        if not (0 < self.scale < math.inf and 0 <= self.zero_point <= 255):
+            raise ValueError("an activation has an invalid scale or zero point")
 
 
 @dataclass(frozen=True)

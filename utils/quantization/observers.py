@@ -1,4 +1,4 @@
-"""Chooses scales and zero points: plain tensors in, plain tensors out.
+"""Chooses scales and zero points from plain tensors.
 
 Weights are scaled so that no kernel overflows. Kernels for x86 CPUs without VNNI, and fbgemm's depthwise
 kernels on any CPU, add two neighbouring products in 16 bits, which saturates silently
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 LARGEST_PAIR = 128
-"""Two int8 weights of this sum, times activations of 255, make 32640: a 16-bit number."""
+"""Two int8 weights with this sum, times activations of 255, make 32640, which fits in 16 bits."""
 SMALLEST_SCALE = 2.0**-20
-"""A channel whose weights are all zero would have scale 0, by which its bias is divided."""
+"""A channel whose weights are all zero would have scale 0, and its bias is divided by the scale."""
 SCALES_PER_OCTAVE = 8
 """Scales of weights are 2**((k + 0.5) / 8). Without the half, the scale of a layer's input times that of
 a weight would be a power of two times that of the output wherever both activations take all of ReLU6's
@@ -55,8 +55,8 @@ def choose_weight_scale(weight: Tensor, per_channel: bool, bits: int = 8) -> Ten
     fitting, clipping = scale_from_index(index), scale_from_index((index - 1).clamp(min=0))
     if 2 * largest > LARGEST_PAIR:
         return fitting
-    errors = [_squared_error(weight, candidate, largest) for candidate in (clipping, fitting)]
-    return torch.where(errors[0] < errors[1], clipping, fitting)
+    clips = _squared_error(weight, clipping, largest) < _squared_error(weight, fitting, largest)
+    return torch.where(clips, clipping, fitting)
 
 
 def _squared_error(weight: Tensor, scale: Tensor, largest: int) -> Tensor:
@@ -86,9 +86,7 @@ def largest_pair(weight: Tensor) -> Tensor:
     Positions are in the order of the kernels: the input channel varies fastest, then column, then row.
     """
     filters = weight.movedim(1, -1).flatten(1)
-    if filters.shape[1] % 2:
-        filters = nn.functional.pad(filters, (0, 1))
-    pairs = filters.unflatten(1, (-1, 2))
+    pairs = nn.functional.pad(filters, (0, filters.shape[1] % 2)).unflatten(1, (-1, 2))
     positive, negative = pairs.clamp(min=0).sum(2), pairs.clamp(max=0).sum(2)
     return torch.maximum(positive.amax(1), -negative.amin(1))
 
