@@ -22,7 +22,7 @@ from utils.deployment.comparison import (
     deploy,
     format_comparison,
 )
-from utils.open_model import open_teacher
+from utils.open_model import open_model, open_teacher
 from utils.open_weights import open_qmodel
 from utils.pruning.pruner import FineGrainedPruner
 from utils.quantization.eager import (
@@ -145,6 +145,7 @@ def main(args: argparse.Namespace) -> None:
         deploy("qat", int8, weights, args.backend, test, metrics),
     ]
     deployments[1].save(args.output)
+    open_model(args.output)  # what cannot be read back must not cost the checkpoint
     rows = compare(deployments, args)
     finish_training(args, progress, {**metrics, "rows": rows})
     print(f"\n{format_comparison(rows)}\n")

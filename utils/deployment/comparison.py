@@ -105,6 +105,7 @@ class Deployment:
     scripted: Scripted
     metadata: Metadata
     evaluation: Evaluation
+    images_available: int
     size_mb: float
 
     def save(self, path: str | os.PathLike) -> None:
@@ -160,7 +161,7 @@ def deploy(
         },
     )
     size_mb = len(pack_torchscript(scripted, metadata)) / BYTES_PER_MB
-    return Deployment(model, scripted, metadata, evaluation, size_mb)
+    return Deployment(model, scripted, metadata, evaluation, len(batches.split), size_mb)
 
 
 def compare(deployments: Sequence[Deployment], args: Namespace) -> list[dict[str, Any]]:
@@ -190,6 +191,7 @@ def compare(deployments: Sequence[Deployment], args: Namespace) -> list[dict[str
                 "test_accuracy_pct": evaluation.accuracy_pct,
                 "test_correct": evaluation.correct,
                 "test_images": evaluation.total,
+                "test_images_available": deployment.images_available,
                 "accuracy_change_points": evaluation.accuracy_pct - first.evaluation.accuracy_pct,
                 "latency_batch_size": latency.batch_size,
                 "median_latency_ms": latency.median_ms,
@@ -206,5 +208,8 @@ def format_comparison(rows: Sequence[dict[str, Any]]) -> str:
         f"torch {torch.__version__}, {cpu_name()}, {torch.get_num_threads()} threads, "
         f"times of a batch of {rows[0]['latency_batch_size']}"
     )
+    evaluated, available = rows[0]["test_images"], rows[0]["test_images_available"]
+    if evaluated < available:
+        conditions += f"\naccuracy on {evaluated:,} of {available:,} test images"
     rows = [{**row, "density_pct": 100 * row["density"]} for row in rows]
     return f"{conditions}\n\n{format_rows(rows, COLUMNS)}"

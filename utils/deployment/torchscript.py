@@ -46,7 +46,11 @@ def to_torchscript(model: nn.Module | Int8Model, image_size: int) -> torch.jit.S
 
 
 def pack_torchscript(scripted: torch.jit.ScriptModule, metadata: Metadata) -> bytes:
-    """Return the content of a file; equal models give equal bytes."""
+    """Return the content of a file.
+
+    The first models that two processes trace give bytes that differ only in `.data/serialization_id`; later
+    ones also in the names of their classes, which torch numbers.
+    """
     written, packed = io.BytesIO(), io.BytesIO()
     with quietly():
         torch.jit.save(scripted, written, _extra_files={METADATA_FILE: json.dumps(metadata.to_dict())})
