@@ -326,6 +326,33 @@ def test_edited_recommendations_are_kept_when_the_scan_is_run_again(whole):
     assert whole.read_text() == "".join(lines)
 
 
+def with_marks(path: Path, marks) -> None:
+    """Write other recommendations into a log."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row, mark in zip(rows, marks, strict=True):
+            writer.writerow(row | {"recommended_sparsity": mark})
+
+
+def test_layers_whose_recommendations_were_cleared_get_new_ones(whole):
+    with_marks(whole, ["", 0.62, "", "", "", "", "", "", 1])
+    log = make_log(whole)
+    assert log.load()
+    assert log.recommended() == {"features.0.0": 0.62, "features.1.conv.0.0": 0.7, "classifier.1": 1.0}
+    with_marks(whole, [""] * 9)
+    assert not log.load()
+    assert log.recommended() == {"features.0.0": 0.5, "features.1.conv.0.0": 0.7, "classifier.1": 1.0}
+
+
+def test_a_recommendation_that_is_no_number_ends_in_one_line(whole):
+    with_marks(whole, ["much", *[""] * 8])
+    with pytest.raises(UserError, match="line 2, column recommended_sparsity: 'much'"):
+        make_log(whole).load()
+
+
 @pytest.mark.parametrize(
     ("other", "says"),
     [({"scan_id": "abd"}, "other weights or images"), ({"levels": (0.3, 0.7, 0.9)}, "other sparsities")],
@@ -604,17 +631,10 @@ def test_each_fault_of_the_log_ends_in_one_line(run_script, scanned, tmp_path, f
 
 
 def test_marks_that_a_person_removed_or_doubled(scanned, tmp_path):
-    with open(scanned[0], newline="") as file:
-        rows = list(csv.DictReader(file))
-
     def write(marks) -> Path:
         path = tmp_path / "log.csv"
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(
-                row | {"recommended_sparsity": mark} for row, mark in zip(rows, marks, strict=True)
-            )
+        path.write_bytes(scanned[0].read_bytes())
+        with_marks(path, marks)
         return path
 
     with pytest.raises(UserError, match=r"no recommended_sparsity for layer features\.0\.0"):
