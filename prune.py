@@ -1,9 +1,9 @@
 """Prune the weights of smallest magnitude in each layer, then train the rest to recover.
 
-How much of each layer is kept is read from a CSV of scripts/generate_sparsity_dict_template.py,
-whose column `sparsity` is the fraction of weights KEPT: 1.0 is not pruned, 0.0 prunes all of the
-layer. The published recipe is `--optimizer adam --lr 1e-4 --scheduler none --weight_decay 0
---augment none --batch_size 32 --epochs 24`.
+A CSV from scripts/generate_sparsity_dict_template.py says how much of each layer to keep: its column
+`sparsity` is the fraction of weights KEPT, so 1.0 prunes nothing and 0.0 prunes the whole layer. The
+published recipe is `--optimizer adam --lr 1e-4 --scheduler none --weight_decay 0 --augment none
+--batch_size 32 --epochs 24`.
 """
 
 import argparse
@@ -14,12 +14,7 @@ import torch
 from torch import nn
 
 from models.statistics import model_statistics, prunable_layers
-from utils.checkpoints.weights import (
-    CompleteWeights,
-    add_output_stride_argument,
-    complete,
-    save_weights,
-)
+from utils.checkpoints.weights import CompleteWeights, add_output_stride_argument, complete, save_weights
 from utils.common import cli, distributed, errors, files
 from utils.common.devices import device_of
 from utils.common.errors import UserError
@@ -58,7 +53,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--schedule",
         choices=("one_shot", "gradual"),
         default="one_shot",
-        help="prune all at once before the training, or step by step during it (Zhu & Gupta, 2017)",
+        help="prune everything before training, or step by step during training (Zhu & Gupta, 2017)",
     )
     pruning.add_argument(
         "--ramp_epochs",
@@ -69,7 +64,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--prune_every",
         type=cli.positive_int,
         default=50,
-        help="training steps between two prunings of --schedule gradual",
+        help="training steps from one pruning to the next with --schedule gradual",
     )
     add_training_arguments(
         parser, epochs=24, batch_size=128, lr=0.05, weight_decay=5e-4, epochs_type=cli.non_negative_int
@@ -89,7 +84,7 @@ def ramp_epochs(args: argparse.Namespace) -> int:
             raise UserError("--ramp_epochs goes with --schedule gradual")
         return 0
     if not args.epochs:
-        raise UserError("--schedule gradual prunes while it trains: give --epochs of at least 1")
+        raise UserError("--schedule gradual prunes during training: give --epochs of at least 1")
     if args.ramp_epochs is None:
         return max(1, args.epochs // 2)
     if args.ramp_epochs > args.epochs:
@@ -104,12 +99,13 @@ def recover(
     data: ImageData,
     args: argparse.Namespace,
 ) -> tuple[nn.Module, Progress]:
-    """Prune and train, with pruned weights held at zero; return the model of the best epoch."""
+    """Prune, then train with the pruned weights held at zero; return the model of the best epoch."""
     model = weights.model
     if device_of(model).type == "cpu" and not args.compile:
         use_fast_layers(model)
     loader = training_loader(data, weights.normalization, args)
-    ramp = CubicRamp(ramp_epochs(args) * len(loader), args.prune_every) if ramp_epochs(args) else None
+    epochs = ramp_epochs(args)
+    ramp = CubicRamp(epochs * len(loader), args.prune_every) if epochs else None
     pruner = FineGrainedPruner(model, keep_ratios, ramp)
     pruner.apply()
     average = ExponentialMovingAverage(model, args.ema) if args.ema else None
@@ -128,7 +124,7 @@ def recover(
         args,
         average=average,
         after_step=[hold_zeros],
-        first_selectable_epoch=max(1, ramp_epochs(args)),
+        first_selectable_epoch=max(1, epochs),
         state={"pruner": pruner},
     )
     progress = fit(run)
@@ -136,7 +132,7 @@ def recover(
 
 
 def main(args: argparse.Namespace) -> None:
-    """Prune, recover, save; test is measured before, between and after, only to be reported."""
+    """Prune, recover and save; test accuracy is measured before, between and after, only to report it."""
     device = start_training(args)
     ramp_epochs(args)
     weights = open_weights(args.weights, output_stride=args.output_stride)
@@ -152,10 +148,7 @@ def main(args: argparse.Namespace) -> None:
     print(format_layers(pruner), end="\n\n")
     print(format_density(model_statistics(pruned, weights.image_size)), end="\n\n", flush=True)
     test = Loader(data.test, weights.normalization, EVALUATION_BATCH_SIZE)
-    results = {
-        "dense": evaluate(weights.model.to(device), test),
-        "pruned": evaluate(pruned.to(device), test),
-    }
+    results = {"dense": evaluate(weights.model.to(device), test), "pruned": evaluate(pruned.to(device), test)}
     progress = Progress()
     if args.epochs:
         pruned, progress = recover(weights, keep_ratios, teacher, data, args)

@@ -22,7 +22,6 @@ from utils.pruning.allocation import (
     allocate,
     layer_limits,
     loss_curves,
-    measured_limits,
     shortest_keep_ratio,
     weight_budget,
 )
@@ -48,8 +47,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         choices=METHODS,
         default=DEFAULT_METHOD,
         help="uniform: the same fraction everywhere; erk: Erdős–Rényi-Kernel; global: one threshold for "
-        "the magnitudes of all layers (use with --spare classifier, which has no batch norm); "
-        "lamp: one threshold for layer-adaptive magnitudes; sensitivity: the least loss predicted by a scan",
+        "the magnitudes of all layers (add --spare classifier, which has no batch norm); "
+        "lamp: one threshold for layer-adaptive magnitudes; sensitivity: the least loss that a scan predicts",
     )
     parser.add_argument(
         "--scanning_log",
@@ -62,7 +61,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "limits", f"LAYER is a layer's name, such as features.18.0, or one of {', '.join(GROUPS)}"
     )
     limits.add_argument(
-        "--spare", nargs="+", action="extend", default=[], metavar="LAYER", help="layers that are not pruned"
+        "--spare", nargs="+", action="extend", default=[], metavar="LAYER", help="layers to leave unpruned"
     )
     for flag, what in (("--keep_at_least", "smallest"), ("--keep_at_most", "largest")):
         limits.add_argument(
@@ -97,38 +96,34 @@ def main(args: argparse.Namespace) -> None:
     runtime.check_outputs(args, "o")
     if (args.method == "sensitivity") != (args.scanning_log is not None):
         raise UserError(
-            "--method sensitivity and --scanning_log go together: give both, "
-            "the log is written by scripts/sensitivity_scan.py"
+            "--method sensitivity and --scanning_log go together: give both; "
+            "scripts/sensitivity_scan.py writes the log"
         )
     weights = open_weights(args.weights)
-    statistics = model_statistics(weights.model, weights.image_size)
-    descriptions = describe_layers(statistics.layers)
+    model = weights.model
+    statistics = model_statistics(model, weights.image_size)
+    layers = statistics.layers
+    descriptions = describe_layers(layers)
+    curves = None
+    if args.scanning_log is not None:
+        curves = loss_curves(model, layers, read_measurements(args.scanning_log, descriptions))
     limits = layer_limits(
-        weights.model,
-        statistics.layers,
+        layers,
         spare=args.spare,
         keep_at_least=args.keep_at_least,
         keep_at_most=args.keep_at_most,
         keep_per_channel=args.keep_per_channel,
+        curves=curves,
     )
-    curves = None
-    if args.scanning_log is not None:
-        measurements = read_measurements(args.scanning_log, descriptions)
-        curves = loss_curves(weights.model, statistics.layers, measurements)
-        limits = measured_limits(limits, curves)
     budget = weight_budget(args.target, statistics, limits)
-    kept = allocate(args.method, weights.model, statistics.layers, limits, budget, curves)
-
-    keep_ratios = {
-        layer.name: shortest_keep_ratio(kept[layer.name], layer.parameters) for layer in statistics.layers
-    }
+    kept = allocate(args.method, model, layers, limits, budget, curves)
+    keep_ratios = {layer.name: shortest_keep_ratio(kept[layer.name], layer.parameters) for layer in layers}
     write_sparsity_dict(args.o, keep_ratios, descriptions)
     # The printed numbers are counted on the pruned model, as prune.py will count them.
-    pruner = FineGrainedPruner(weights.model, keep_ratios)
+    pruner = FineGrainedPruner(model, keep_ratios)
     pruner.apply()
-    print(format_layers(pruner))
-    print()
-    print(format_density(model_statistics(weights.model, weights.image_size)))
+    print(format_layers(pruner), end="\n\n")
+    print(format_density(model_statistics(model, weights.image_size)))
     print(f"wrote {args.o}: {len(keep_ratios)} layers by {args.method}")
     print(MEANING)
 

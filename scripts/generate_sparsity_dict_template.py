@@ -1,6 +1,6 @@
 """Write a CSV with one row per prunable layer, all at sparsity 1.0, for editing by hand.
 
-The column `sparsity` is the fraction of weights KEPT: 1.0 is not pruned, 0.0 prunes all of the layer. The
+The column `sparsity` is the fraction of weights KEPT: 1.0 prunes nothing, 0.0 prunes the whole layer. The
 columns shape, parameters and macs help you decide; prune.py ignores them.
 """
 
@@ -40,19 +40,13 @@ def described_model(args: argparse.Namespace) -> Weights:
     Raises:
         UserError: both are given.
     """
-    described = {
-        name: getattr(args, name)
-        for name in ("num_classes", "width_mult", "output_stride")
-        if getattr(args, name) is not None
-    }
+    names = ("num_classes", "width_mult", "output_stride", "image_size")
+    described = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if not args.weights:
-        return Weights(MobileNetV2(**described), image_size=args.image_size or DEFAULT_IMAGE_SIZE)
-    if args.image_size is not None:
-        described["image_size"] = args.image_size
+        image_size = described.pop("image_size", DEFAULT_IMAGE_SIZE)
+        return Weights(MobileNetV2(**described), image_size=image_size)
     if described:
-        raise errors.UserError(
-            f"--{next(iter(described))} is already given by --weights: give only one of the two"
-        )
+        raise errors.UserError(f"--{next(iter(described))} does not go with --weights: give only one of them")
     return open_weights(args.weights)
 
 

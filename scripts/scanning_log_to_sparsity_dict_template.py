@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.common import cli, errors, runtime
-from utils.pruning.scanning_log import read_recommended
+from utils.pruning.scanning_log import read_scan
 from utils.pruning.sparsity_dict import MEANING, write_sparsity_dict
 
 
@@ -27,10 +27,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Write the sparsity dict that the log recommends."""
     runtime.check_outputs(args, "o")
-    keep_ratios, descriptions = read_recommended(args.f)
+    _, keep_ratios, descriptions = read_scan(args.f)
     write_sparsity_dict(args.o, keep_ratios, descriptions)
     pruned = sum(keep_ratio < 1 for keep_ratio in keep_ratios.values())
-    print(f"wrote {args.o}: {pruned} of {len(keep_ratios)} layers are to be pruned")
+    print(f"wrote {args.o}: {pruned} of {len(keep_ratios)} layers will be pruned")
     print(MEANING)
 
 

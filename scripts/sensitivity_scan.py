@@ -1,8 +1,8 @@
 """Prune each layer alone, measure accuracy, and recommend how much of it to keep.
 
-Writes a CSV row by row (to resume an interrupted scan, give the same command again) and a plot beside it.
+Writes a CSV row by row and a plot beside it; run the same command again to resume an interrupted scan.
 `sparsity` is the fraction of weights KEPT. The recommended sparsity is the smallest one at which the accuracy
-stays at or above the threshold, or 1.0 if there is none. torchrun divides the layers among processes.
+stays at or above the threshold, or 1.0 if there is none. Under torchrun the processes share the layers.
 """
 
 import argparse
@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
-from models.statistics import ModelStatistics, model_statistics
+from models.statistics import model_statistics
 from utils.checkpoints.weights import CompleteWeights, add_output_stride_argument, complete
 from utils.common import cli, distributed, errors, files, runtime
 from utils.common.devices import add_device_argument, choose_device
@@ -47,10 +47,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=cli.fraction,
         nargs="+",
         default=[0.5, 0.7, 0.9],
-        help="fractions of a layer's weights KEPT, each measured",
+        help="fractions of each layer's weights KEPT, measured one by one",
     )
     parser.add_argument(
-        "--split", choices=("test", "val"), default="test", help="images to measure on; val is for tuning"
+        "--split", choices=("test", "val"), default="test", help="images to measure on; use val for tuning"
     )
     parser.add_argument("--batch_size", type=cli.positive_int, default=250, help="images per batch")
     parser.add_argument("--o", default="scanning_log.csv", help="CSV to write")
@@ -65,7 +65,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_outputs(args: argparse.Namespace) -> Path:
-    """Check every output before the work starts, and return the path of the plot.
+    """Check every output before the work starts and return the path of the plot.
 
     Raises:
         UserError: an output cannot be written, or exists and is not a log to resume.
@@ -83,15 +83,8 @@ def check_outputs(args: argparse.Namespace) -> Path:
 
 def format_layer(log: ScanningLog, name: str) -> str:
     """Return a layer's row of the printed table."""
-    rows = log.of_layer(name)
-    cells = "".join(f"{row.accuracy_pct:9.2f}" for row in rows)
+    cells = "".join(f"{row.accuracy_pct:9.2f}" for row in log.rows if row.layer == name)
     return f"{name:<22}{cells}{log.recommended()[name]:>13g}"
-
-
-def format_header(log: ScanningLog) -> str:
-    """Return the header of the printed table."""
-    levels = sorted({keep_ratio for _, keep_ratio in log.plan})
-    return f"{'accuracy % at sparsity':<22}{''.join(f'{level:9g}' for level in levels)}  recommended"
 
 
 def scan(weights: CompleteWeights, batches: Loader, log: ScanningLog) -> None:
@@ -101,45 +94,33 @@ def scan(weights: CompleteWeights, batches: Loader, log: ScanningLog) -> None:
         KeyboardInterrupt: on Ctrl-C; the log has every row that was measured.
         UserError: another process has ended; the log has every row that was measured.
     """
-    print(format_header(log))
+    print(f"{'accuracy % at sparsity':<22}{''.join(f'{level:9g}' for level in log.levels)}  recommended")
+    for row in log.rows:
+        if row.keep_ratio == log.levels[-1]:
+            print(format_layer(log, row.layer))
     done = len(log.rows)
     to_do = log.plan[done:]
-    for name in dict.fromkeys(name for name, _ in log.plan[:done]):
-        if not to_do or to_do[0][0] != name:
-            print(format_layer(log, name))
     start = time.perf_counter()
     is_hidden = not (distributed.is_main() and sys.stderr.isatty())
     progress = tqdm(total=len(log.plan), initial=done, leave=False, disable=is_hidden)
     try:
-        for index, evaluation in enumerate(measure(weights.model, batches, to_do), 1):
+        for count, evaluation in enumerate(measure(weights.model, batches, to_do), 1):
             row = log.append(evaluation)
             progress.update()
-            if index == len(to_do) or to_do[index][0] != row.layer:
-                left = (time.perf_counter() - start) / index * (len(to_do) - index)
+            if row.keep_ratio == log.levels[-1]:
+                left = (time.perf_counter() - start) / count * (len(to_do) - count)
                 progress.write(f"{format_layer(log, row.layer)}   {tqdm.format_interval(left)} left")
                 sys.stdout.flush()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"{len(log.rows)} of {len(log.plan)} rows are in {log.path}; the same command goes on from there"
-        ) from None
-    except RuntimeError as error:
+    except (KeyboardInterrupt, RuntimeError) as error:
+        found = f"{len(log.rows)} of {len(log.plan)} rows are in {log.path}"
+        advice = f"{found}: run the same command again to continue"
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(advice) from None
         if not distributed.is_lost_process(error):
             raise
-        raise UserError(
-            f"another process of this run has ended; {len(log.rows)} of {len(log.plan)} rows are in "
-            f"{log.path}: the same command goes on from there"
-        ) from error
+        raise UserError(f"another process of this run has ended; {advice}") from error
     finally:
         progress.close()
-
-
-def density_at(keep_ratios: dict[str, float], statistics: ModelStatistics) -> float:
-    """Return the fraction of all parameters left after each layer is pruned to its fraction."""
-    pruned = sum(
-        layer.parameters - kept_count(layer.parameters, keep_ratios[layer.name])
-        for layer in statistics.layers
-    )
-    return 1 - pruned / statistics.parameters
 
 
 def main(args: argparse.Namespace) -> None:
@@ -152,7 +133,7 @@ def main(args: argparse.Namespace) -> None:
     weights = complete(args.weights, weights, data)
     split = data.split(args.split)
     batches = Loader(split, weights.normalization, args.batch_size)
-    # The memory format of the images.
+    # The images have this memory format, too.
     model = weights.model.to(memory_format=torch.channels_last)
     statistics = model_statistics(model, weights.image_size)
 
@@ -164,10 +145,10 @@ def main(args: argparse.Namespace) -> None:
         describe_layers(statistics.layers),
     )
     if distributed.is_main() and Path(args.o).is_file() and not args.force:
-        log.load()
-        print(f"going on after {len(log.rows)} of {len(log.plan)} rows in {args.o}")
-        if log.edited_marks:
-            print("recommended_sparsity was edited and is kept: empty its cells to have them chosen anew")
+        is_edited = log.load()
+        print(f"resuming after {len(log.rows)} of {len(log.plan)} rows in {args.o}")
+        if is_edited:
+            print("keeping the recommended_sparsity that was edited: clear a layer's cells to choose it anew")
     # Also a barrier: nothing is written before every process has checked the outputs.
     log.rows = distributed.gather(log.rows)[0]
     log.start()
@@ -177,7 +158,9 @@ def main(args: argparse.Namespace) -> None:
         f"({dense.correct} / {dense.total}), loss {dense.loss:.4f}"
     )
     if dense.accuracy_pct < args.accuracy_threshold:
-        print(f"this is below --accuracy_threshold {args.accuracy_threshold:g}: most layers will stay whole")
+        print(
+            f"this is below --accuracy_threshold {args.accuracy_threshold:g}: most layers will stay unpruned"
+        )
     scan(weights, batches, log)
     if not distributed.is_main():
         return
@@ -185,7 +168,9 @@ def main(args: argparse.Namespace) -> None:
     shapes = {layer.name: layer.shape for layer in statistics.layers}
     plot_sensitivity(plot, log.rows, shapes, dense.accuracy_pct, args.accuracy_threshold)
     recommended = log.recommended()
-    density = density_at(recommended, statistics)
+    kept = sum(kept_count(layer.parameters, recommended[layer.name]) for layer in statistics.layers)
+    prunable = sum(layer.parameters for layer in statistics.layers)
+    density = 1 - (prunable - kept) / statistics.parameters
     if args.record:
         results = {
             "split": args.split,

@@ -147,7 +147,7 @@ def test_a_target_below_what_is_possible_names_the_smallest(allocate, scanning_l
         (("--keep_at_least", "features.18.1=0.5"), "did you mean features.18.0?"),
         (("--keep_at_least", "stem"), "LAYER=FRACTION"),
         (("--keep_at_most", "stem=50"), "--keep_at_most"),
-        (("--keep_at_most", "stem=0.5", "--spare", "stem"), "features.0.0 is to keep at most"),
+        (("--keep_at_most", "stem=0.5", "--spare", "stem"), "features.0.0 must keep at most"),
         (("--keep_per_channel", -1), "--keep_per_channel"),
         (("--method", "sensitivity"), "--scanning_log"),
         (("--scanning_log", "log.csv"), "--method sensitivity"),

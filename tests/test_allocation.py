@@ -14,19 +14,14 @@ from utils.pruning.allocation import (
     METHODS,
     Limits,
     allocate,
-    erk,
     fill,
     folded_weights,
-    global_magnitude,
     keep_largest,
-    lamp,
     lamp_scores,
     layer_limits,
+    least_loss,
     loss_curves,
-    measured_limits,
-    sensitivity,
     shortest_keep_ratio,
-    uniform,
     weight_budget,
 )
 from utils.pruning.pruner import FineGrainedPruner, kept_count, magnitude_mask
@@ -87,7 +82,6 @@ def free(layers) -> dict[str, Limits]:
 )
 def test_the_budget_is_met_to_the_weight_within_the_limits(method, target, spare, least, per_channel):
     limits = layer_limits(
-        MODEL,
         LAYERS,
         spare=spare,
         keep_at_least=[("depthwise", least)],
@@ -115,7 +109,7 @@ def test_pruning_by_the_written_fractions_gives_the_density(method):
         model.features[18][0].weight.flatten()[::2] = 0
         model.features[4].conv[1][1].bias.zero_()
     statistics = model_statistics(model, 32)
-    limits = layer_limits(model, statistics.layers, keep_at_least=[("features.18.0", 0.9)])
+    limits = layer_limits(statistics.layers, keep_at_least=[("features.18.0", 0.9)])
     assert limits["features.18.0"] == Limits(*[statistics.layers[-2].parameters // 2] * 2)
     budget = weight_budget(0.7, statistics, limits)
     kept = allocate(method, model, statistics.layers, limits, budget, CURVES)
@@ -149,7 +143,7 @@ def test_the_shortest_fraction_is_short():
 
 
 def test_uniform_keeps_one_fraction():
-    kept = uniform(LAYERS, free(LAYERS), 40_000)
+    kept = allocate("uniform", MODEL, LAYERS, free(LAYERS), 40_000)
     total = sum(layer.parameters for layer in LAYERS)
     for layer in LAYERS:
         assert abs(kept[layer.name] - layer.parameters * 40_000 / total) < 1
@@ -182,16 +176,16 @@ def erk_by_the_loop_of_the_paper(layers, density: float) -> dict[str, float]:
 def test_erk_by_hand():
     layers = [plain("conv", (16, 8, 3, 3)), plain("depthwise", (8, 1, 3, 3)), plain("linear", (10, 16))]
     # Sums of dimensions 30, 15 and 26; 142 = 71 * 2 weights: 60, 30 and 52.
-    assert erk(layers, free(layers), 142) == {"conv": 60, "depthwise": 30, "linear": 52}
+    assert allocate("erk", MODEL, layers, free(layers), 142) == {"conv": 60, "depthwise": 30, "linear": 52}
     # 355 = 71 * 5 would be 150, 75 and 130; depthwise has 72, so 283 go as 30 to 26: 151.6 and 131.4.
-    assert erk(layers, free(layers), 355) == {"conv": 152, "depthwise": 72, "linear": 131}
+    assert allocate("erk", MODEL, layers, free(layers), 355) == {"conv": 152, "depthwise": 72, "linear": 131}
 
 
 @pytest.mark.parametrize("density", [0.05, 0.271, 0.6, 0.95])
 def test_erk_ends_as_the_loop_of_the_paper(density):
     total = sum(layer.parameters for layer in LAYERS)
     budget = round(density * total)
-    kept = erk(LAYERS, free(LAYERS), budget)
+    kept = allocate("erk", MODEL, LAYERS, free(LAYERS), budget)
     expected = erk_by_the_loop_of_the_paper(LAYERS, budget / total)
     assert any(value == 1 for value in expected.values()) == (density > 0.05)
     for layer in LAYERS:
@@ -212,7 +206,7 @@ def test_lamp_scores_by_their_definition(values):
 
 def test_lamp_keeps_the_largest_scores_of_all_layers():
     budget = 20_000
-    kept = lamp(MODEL, free(LAYERS), budget)
+    kept = allocate("lamp", MODEL, LAYERS, free(LAYERS), budget)
     scores = {
         name: lamp_scores(layer.weight.detach().flatten()) for name, layer in prunable_layers(MODEL).items()
     }
@@ -231,12 +225,13 @@ def test_lamp_does_not_depend_on_the_scale_of_a_layer():
     scaled = trained_like_model()
     with torch.no_grad():
         scaled.features[7].conv[2].weight.mul_(1000)
-    assert lamp(scaled, free(LAYERS), 20_000) == lamp(MODEL, free(LAYERS), 20_000)
+    one, other = (allocate("lamp", model, LAYERS, free(LAYERS), 20_000) for model in (scaled, MODEL))
+    assert one == other
 
 
 def test_global_magnitude_is_one_threshold_for_the_folded_weights():
     budget = 30_000
-    kept = global_magnitude(MODEL, free(LAYERS), budget)
+    kept = allocate("global", MODEL, LAYERS, free(LAYERS), budget)
     folded = {}
     for name, layer in prunable_layers(MODEL).items():
         weight = layer.weight.detach()
@@ -257,7 +252,7 @@ def test_global_magnitude_is_one_threshold_for_the_folded_weights():
         scaled.features[7].conv[2].weight.mul_(1024)
         norm = scaled.features[7].conv[3]
         norm.running_var.copy_((norm.running_var + norm.eps) * 1024**2 - norm.eps)
-    rescaled = global_magnitude(scaled, free(LAYERS), budget)
+    rescaled = allocate("global", scaled, LAYERS, free(LAYERS), budget)
     assert sum(abs(rescaled[name] - kept[name]) for name in kept) <= 2
 
 
@@ -337,8 +332,8 @@ def test_sensitivity_prunes_the_insensitive():
     costs = {"features.2.conv.2": 100.0, "features.18.0": 0.0}
     rows = scan_of(LAYERS, (0.1, 0.4, 0.7), lambda name, level: 1 + costs.get(name, 1.0) * (1 - level) ** 2)
     curves = loss_curves(MODEL, LAYERS, rows)
-    limits = measured_limits(free(LAYERS), curves)
-    kept = sensitivity(curves, limits, budget_of(0.5, limits))
+    limits = layer_limits(LAYERS, curves=curves)
+    kept = least_loss(curves, limits, budget_of(0.5, limits))
     sizes = {layer.name: layer.parameters for layer in LAYERS}
     assert kept["features.2.conv.2"] == sizes["features.2.conv.2"]
     assert kept["features.18.0"] == kept_count(sizes["features.18.0"], 0.1)
@@ -359,7 +354,7 @@ def test_sensitivity_is_the_least_sum_of_all_choices():
 
     choices = [dict(zip("abc", c, strict=True)) for c in product(range(5), range(1, 4), range(5))]
     for budget in range(1, 12):
-        kept = sensitivity(curves, limits, budget)
+        kept = least_loss(curves, limits, budget)
         assert sum(kept.values()) == budget
         assert all(limits[name].least <= count <= limits[name].most for name, count in kept.items())
         best = min(predicted(choice) for choice in choices if sum(choice.values()) == budget)
@@ -368,13 +363,13 @@ def test_sensitivity_is_the_least_sum_of_all_choices():
 
 def test_layers_without_effect_share_what_is_left():
     rows = scan_of(LAYERS, (0.0, 0.5), lambda name, level: 1.0)
-    kept = sensitivity(loss_curves(MODEL, LAYERS, rows), free(LAYERS), 30_000)
-    assert max(abs(kept[name] - count) for name, count in uniform(LAYERS, free(LAYERS), 30_000).items()) <= 1
+    kept = least_loss(loss_curves(MODEL, LAYERS, rows), free(LAYERS), 30_000)
+    expected = allocate("uniform", MODEL, LAYERS, free(LAYERS), 30_000)
+    assert max(abs(kept[name] - count) for name, count in expected.items()) <= 1
 
 
 def test_limits_of_groups_and_layers():
     limits = layer_limits(
-        MODEL,
         LAYERS,
         spare=["stem", "classifier"],
         keep_at_least=[("depthwise", 0.5), (DEPTHWISE[1], 0.7)],
@@ -406,20 +401,20 @@ def test_limits_of_groups_and_layers():
         ({"spare": ["depthwse"]}, "did you mean depthwise"),
         ({"keep_at_least": [("features.18", 0.5)]}, r"did you mean features\.18\.0"),
         ({"keep_at_most": [("features.99.0", 0.5)]}, "no layer 'features.99.0'"),
-        ({"spare": ["stem"], "keep_at_most": [("stem", 0.5)]}, "features.0.0 is to keep at most"),
+        ({"spare": ["stem"], "keep_at_most": [("stem", 0.5)]}, "features.0.0 must keep at most"),
         (
             {"keep_at_least": [("features.18.0", 0.6)], "keep_at_most": [("features.18.0", 0.5)]},
-            "features.18.0 is to keep at most",
+            "features.18.0 must keep at most",
         ),
     ],
 )
 def test_limits_that_make_no_sense(limits, says):
     with pytest.raises(UserError, match=says):
-        layer_limits(MODEL, LAYERS, **limits)
+        layer_limits(LAYERS, **limits)
 
 
 def test_the_ends_of_what_is_possible_are_named_and_work():
-    limits = layer_limits(MODEL, LAYERS, keep_per_channel=1, keep_at_most=[("depthwise", 0.5)])
+    limits = layer_limits(LAYERS, keep_per_channel=1, keep_at_most=[("depthwise", 0.5)])
     for target, end in ((0.0, "least"), (1.0, "most")):
         with pytest.raises(UserError) as error:
             budget_of(target, limits)

@@ -206,9 +206,9 @@ FAULTS = {
     "layer_missing": (lambda text: text[: text.index("classifier.1")], "no row for layer classifier.1"),
     "duplicate_layer": (lambda text: text + text.splitlines()[-1] + "\n", "line 55, column layer"),
     "not_a_number": (lambda text: text.replace(",1.0,", ",many,", 1), "line 2, column sparsity: 'many'"),
-    "nan": (lambda text: text.replace(",1.0,", ",nan,", 1), "line 2, column sparsity: NaN"),
-    "above_one": (lambda text: text.replace(",1.0,", ",1.01,", 1), "line 2, column sparsity: 1.01"),
-    "below_zero": (lambda text: text.replace(",1.0,", ",-1e-9,", 1), "line 2, column sparsity: -1e-9"),
+    "nan": (lambda text: text.replace(",1.0,", ",nan,", 1), "line 2, column sparsity: 'nan'"),
+    "above_one": (lambda text: text.replace(",1.0,", ",1.01,", 1), "line 2, column sparsity: '1.01'"),
+    "below_zero": (lambda text: text.replace(",1.0,", ",-1e-9,", 1), "line 2, column sparsity: '-1e-9'"),
     "decimal_comma": (lambda text: text.replace(",1.0,", ",0,5,", 1), "line 2 has 6 cells"),
     "percent": (lambda text: text.replace(",1.0,", ",50%,", 1), "write a fraction"),
 }

@@ -24,7 +24,7 @@ from utils.data.loader import Loader
 from utils.evaluation import Evaluation, evaluate
 from utils.open_weights import open_weights
 from utils.pruning import sensitivity
-from utils.pruning.scanning_log import COLUMNS, ScanningLog, read_recommended, recommend
+from utils.pruning.scanning_log import COLUMNS, Measurement, ScanningLog, read_scan, recommend
 from utils.pruning.sensitivity import evaluate_with_pruned_layer, measure, scan_plan
 from utils.pruning.sparsity_dict import READ_ONLY_COLUMNS, describe_layers, read_sparsity_dict
 
@@ -45,8 +45,17 @@ CONVERT = "scripts/scanning_log_to_sparsity_dict_template.py"
     ],
 )
 def test_the_smallest_sparsity_at_or_above_the_threshold(accuracies_pct, threshold_pct, expected):
-    assert recommend([0.5, 0.7, 0.9], accuracies_pct, threshold_pct) == expected
-    assert recommend([0.9, 0.7, 0.5], accuracies_pct[::-1], threshold_pct) == expected
+    levels = (0.5, 0.7, 0.9)
+    rows = [
+        Measurement(name, level, round(100 * accuracy_pct), 10_000, 1.0)
+        for name in ("features.0.0", "classifier.1")
+        for level, accuracy_pct in zip(levels, accuracies_pct, strict=True)
+    ]
+    # 1.0 stands in the last row, or in none before it.
+    place = levels.index(expected) if expected < 1 else 2
+    cells = [expected if i == place else None for i in range(3)]
+    assert recommend(rows, threshold_pct, 0.9) == cells * 2
+    assert recommend(rows[:-1], threshold_pct, 0.9) == [*cells, *cells[:2]]
 
 
 def learned_model() -> tuple[MobileNetV2, Loader]:
@@ -317,6 +326,33 @@ def test_edited_recommendations_are_kept_when_the_scan_is_run_again(whole):
     assert whole.read_text() == "".join(lines)
 
 
+def with_marks(path: Path, marks) -> None:
+    """Write other recommendations into a log."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row, mark in zip(rows, marks, strict=True):
+            writer.writerow(row | {"recommended_sparsity": mark})
+
+
+def test_layers_whose_recommendations_were_cleared_get_new_ones(whole):
+    with_marks(whole, ["", 0.62, "", "", "", "", "", "", 1])
+    log = make_log(whole)
+    assert log.load()
+    assert log.recommended() == {"features.0.0": 0.62, "features.1.conv.0.0": 0.7, "classifier.1": 1.0}
+    with_marks(whole, [""] * 9)
+    assert not log.load()
+    assert log.recommended() == {"features.0.0": 0.5, "features.1.conv.0.0": 0.7, "classifier.1": 1.0}
+
+
+def test_a_recommendation_that_is_no_number_ends_in_one_line(whole):
+    with_marks(whole, ["much", *[""] * 8])
+    with pytest.raises(UserError, match="line 2, column recommended_sparsity: 'much'"):
+        make_log(whole).load()
+
+
 @pytest.mark.parametrize(
     ("other", "says"),
     [({"scan_id": "abd"}, "other weights or images"), ({"levels": (0.3, 0.7, 0.9)}, "other sparsities")],
@@ -356,7 +392,7 @@ def test_a_full_disk_ends_in_one_line(tmp_path):
     log.start()
     log.append(results()[0])
     log.path = Path("/dev/full")
-    with pytest.raises(UserError, match="goes on after 1 rows"):
+    with pytest.raises(UserError, match="resume after 1 rows"):
         log.append(results()[1])
 
 
@@ -437,7 +473,7 @@ def test_an_interrupted_scan_ends_with_the_same_log(scan, scanned, tiny_folder, 
     assert 8 < len(measured) < 107
     output.write_text("\n".join(measured)[:-3])  # as a kill within a line leaves it
     printed = scan(output, *FAST).stdout
-    assert f"going on after {len(measured) - 2} of 106 rows" in printed
+    assert f"resuming after {len(measured) - 2} of 106 rows" in printed
     assert output.read_bytes() == scanned[0].read_bytes()
     assert output.with_suffix(".png").read_bytes() == scanned[0].with_suffix(".png").read_bytes()
 
@@ -467,7 +503,7 @@ def test_two_processes_write_the_log_of_one(scanned, tiny_folder, tiny_weights, 
 
     output.write_text("".join(output.read_text().splitlines(True)[:60]))
     first, second = scan_on_two_ranks(argv)
-    assert "going on after 59 of 106 rows" in first.stdout, first.stderr + second.stderr
+    assert "resuming after 59 of 106 rows" in first.stdout, first.stderr + second.stderr
     assert output.read_bytes() == scanned[0].read_bytes()
 
 
@@ -578,7 +614,7 @@ LOG_FAULTS = {
         lambda text: text.replace("features.0.0,", "features.0.1,", 1),
         "did you mean features.0.0?",
     ),
-    "row_twice": (lambda text: text + text.splitlines()[-1] + "\n", "is there already"),
+    "row_twice": (lambda text: text + text.splitlines()[-1] + "\n", "already has a row"),
     "not_a_count": (lambda text: text.replace(",18,", ",many,", 1), "line 2, column total"),
 }
 
@@ -595,33 +631,26 @@ def test_each_fault_of_the_log_ends_in_one_line(run_script, scanned, tmp_path, f
 
 
 def test_marks_that_a_person_removed_or_doubled(scanned, tmp_path):
-    with open(scanned[0], newline="") as file:
-        rows = list(csv.DictReader(file))
-
     def write(marks) -> Path:
         path = tmp_path / "log.csv"
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(
-                row | {"recommended_sparsity": mark} for row, mark in zip(rows, marks, strict=True)
-            )
+        path.write_bytes(scanned[0].read_bytes())
+        with_marks(path, marks)
         return path
 
     with pytest.raises(UserError, match=r"no recommended_sparsity for layer features\.0\.0"):
-        read_recommended(write([""] * 106))
-    with pytest.raises(UserError, match="has one already"):
-        read_recommended(write([0.5] * 106))
+        read_scan(write([""] * 106))
+    with pytest.raises(UserError, match="already has one"):
+        read_scan(write([0.5] * 106))
     with pytest.raises(UserError, match=r"outside \[0, 1\]"):
-        read_recommended(write([30, ""] * 53))
-    by_hand = read_recommended(write(["", "0.123456789"] * 53))[0]
+        read_scan(write([30, ""] * 53))
+    by_hand = read_scan(write(["", "0.123456789"] * 53))[1]
     assert set(by_hand.values()) == {0.123456789}
 
 
 def test_recommendations_are_the_same_under_either_name(scanned, tmp_path):
     path = tmp_path / "log.csv"
     path.write_text(scanned[0].read_text().replace(",sparsity,", ",keep_ratio,", 1))
-    assert read_recommended(path) == read_recommended(scanned[0])
+    assert read_scan(path) == read_scan(scanned[0])
 
 
 def test_a_bare_state_dict_can_be_scanned(scan, tiny_weights, tmp_path):

@@ -21,20 +21,13 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> st
     Returns:
         Lines without trailing spaces, a rule below the headers, no newline at the end.
     """
-    cells = [[_format_cell(cell) for cell in row] for row in rows]
-    columns = list(zip(headers, *cells, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    right = [all(cell == NO_VALUE or NUMBER.fullmatch(cell) for cell in column[1:]) for column in columns]
-
-    def line(row: Sequence[str]) -> str:
-        aligned = (
-            cell.rjust(width) if is_number else cell.ljust(width)
-            for cell, width, is_number in zip(row, widths, right, strict=True)
-        )
-        return "  ".join(aligned).rstrip()
-
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join([line(headers), rule, *map(line, cells)])
+    columns = []
+    for header, *cells in zip(headers, *([_format_cell(cell) for cell in row] for row in rows), strict=True):
+        is_numeric = all(cell == NO_VALUE or NUMBER.fullmatch(cell) for cell in cells)
+        justify = str.rjust if is_numeric else str.ljust
+        width = max(map(len, (header, *cells)))
+        columns.append([justify(header, width), "-" * width, *(justify(cell, width) for cell in cells)])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
 def _format_cell(cell: object) -> str:

@@ -21,16 +21,11 @@ def magnitude_mask(weight: Tensor, keep_ratio: float, among: Tensor | None = Non
     Among equal magnitudes, the first in the order of `weight.flatten()` are kept.
 
     Args:
-        weight: in any shape.
+        weight: in any shape, without NaN.
         keep_ratio: fraction to keep, in [0, 1].
         among: mask of the same shape; weights that are False there are pruned before all others.
-
-    Raises:
-        ValueError: the weights contain NaN.
     """
     magnitude = weight.detach().flatten().abs()
-    if magnitude.isnan().any():
-        raise ValueError("the weights hold NaN")
     if among is not None:
         magnitude = magnitude.masked_fill(~among.flatten(), -1.0)
     order = magnitude.argsort(descending=True, stable=True)
@@ -62,7 +57,7 @@ class CubicRamp:
 
 
 class FineGrainedPruner:
-    """Keeps the weights of largest magnitude in each layer and holds all others at exactly zero.
+    """Keep the weights of largest magnitude in each layer and hold all others at exactly zero.
 
     `step` undoes what the optimizer did to a pruned weight (momentum, weight decay). `apply` also prunes a
     copy of the model, such as its moving average. The state belongs in the checkpoint of a training run.
@@ -74,7 +69,7 @@ class FineGrainedPruner:
             is already pruned keeps its zeros, unless a layer has more than its ratio asks for.
 
     Raises:
-        KeyError: a layer is not one of the model's convolutions and linear layers.
+        KeyError: the model has no such convolution or linear layer.
         ValueError: a ratio is outside [0, 1].
         UserError: a weight is NaN.
     """
@@ -82,40 +77,30 @@ class FineGrainedPruner:
     def __init__(
         self, model: nn.Module, keep_ratios: dict[str, float], ramp: CubicRamp | None = None
     ) -> None:
+        if not all(0 <= keep_ratio <= 1 for keep_ratio in keep_ratios.values()):
+            raise ValueError("a keep ratio is outside [0, 1]")
         layers = prunable_layers(model)
-        for name, keep_ratio in keep_ratios.items():
-            if name not in layers:
-                raise KeyError(f"the model has no prunable layer {name}")
-            if not 0 <= keep_ratio <= 1:
-                raise ValueError(f"the keep ratio of {name} is {keep_ratio}, outside [0, 1]")
         self.model = model
         self.keep_ratios = dict(keep_ratios)
         self.ramp = ramp
         self.steps = 0
         self.masks = {name: torch.ones_like(layers[name].weight, dtype=torch.bool) for name in keep_ratios}
-        self._initial = {
-            name: int(layers[name].weight.count_nonzero()) / layers[name].weight.numel()
-            for name in keep_ratios
-        }
+        self._initial = {name: _density(layers[name].weight) for name in keep_ratios}
         self._bits: dict[str, Tensor] = {}
         self._renew_masks()
 
     @classmethod
     def from_zeros(cls, model: nn.Module) -> "FineGrainedPruner":
         """Return a pruner that keeps the zeros of a model that is already pruned."""
-        layers = prunable_layers(model)
-        pruner = cls(model, {})
-        pruner._set_masks({name: layer.weight.detach() != 0 for name, layer in layers.items()})
-        pruner.keep_ratios = {name: int(mask.sum()) / mask.numel() for name, mask in pruner.masks.items()}
-        return pruner
+        return cls(model, {name: _density(layer.weight) for name, layer in prunable_layers(model).items()})
 
     @torch.no_grad()
     def apply(self, model: nn.Module | None = None) -> None:
-        """Set the pruned weights to +0.0, in the model or in another with layers of the same names."""
+        """Set the pruned weights to +0.0 in the model, or in another one with layers of the same names."""
         model = self.model if model is None else model
         for name, bits in self._bits.items():
             # Multiplying by the mask would give -1.0 * 0 = -0.0 and NaN * 0 = NaN. Clearing all bits always
-            # gives +0.0 and is much faster than masked_fill_.
+            # gives +0.0, and is much faster than masked_fill_.
             model.get_parameter(f"{name}.weight").view(torch.int32).bitwise_and_(bits)
 
     def step(self) -> None:
@@ -130,33 +115,17 @@ class FineGrainedPruner:
         return {name: int(mask.sum()) for name, mask in self.masks.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step count, the masks, and where the ramp starts and ends."""
-        return {
-            "steps": self.steps,
-            "masks": dict(self.masks),
-            "initial": dict(self._initial),
-            "keep_ratios": dict(self.keep_ratios),
-        }
+        """Return the step count, the masks, and where the ramp starts."""
+        return {"steps": self.steps, "masks": dict(self.masks), "initial": dict(self._initial)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the `state_dict` of a pruner with the same targets.
 
         Raises:
-            UserError: the targets differ.
-            ValueError: the masks are those of another model.
+            RuntimeError: the masks are those of another model.
         """
-        if state["keep_ratios"] != self.keep_ratios:
-            raise UserError(
-                "the fractions to keep differ from those that the run began with: "
-                "give the same --sparsity_dict, or start again with --force"
-            )
-        masks = state["masks"]
-        if {name: mask.shape for name, mask in masks.items()} != {
-            name: mask.shape for name, mask in self.masks.items()
-        }:
-            raise ValueError("the masks are those of another model")
+        self._set_masks(state["masks"])
         self.steps, self._initial = state["steps"], state["initial"]
-        self._set_masks(masks)
 
     def _renew_masks(self) -> None:
         masks = {}
@@ -165,10 +134,11 @@ class FineGrainedPruner:
             if self.ramp is not None:
                 keep_ratio = self.ramp.keep_ratio(keep_ratio, self.steps, self._initial[name])
             weight = self.model.get_parameter(f"{name}.weight")
-            try:
-                masks[name] = magnitude_mask(weight, keep_ratio, among=mask)
-            except ValueError as error:
-                raise UserError(f"{name} cannot be pruned, {error}: was --lr too high?") from error
+            if weight.isnan().any():
+                raise UserError(
+                    f"{name} cannot be pruned because its weights contain NaN: was --lr too high?"
+                )
+            masks[name] = magnitude_mask(weight, keep_ratio, among=mask)
         self._set_masks(masks)
 
     def _set_masks(self, masks: dict[str, Tensor]) -> None:
@@ -178,3 +148,7 @@ class FineGrainedPruner:
             # All bits set for a kept weight, none for a pruned one; same memory format as the weight.
             bits = torch.zeros_like(weight, dtype=torch.int32)
             self._bits[name] = bits.masked_fill_(mask, -1)
+
+
+def _density(weight: Tensor) -> float:
+    return int(weight.count_nonzero()) / weight.numel()

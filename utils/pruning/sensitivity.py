@@ -1,12 +1,12 @@
-"""What pruning one layer alone does to the accuracy.
+"""Measure what pruning one layer alone does to the accuracy.
 
 Han et al., 2015 (https://arxiv.org/abs/1506.02626) choose each layer's threshold by such a scan.
 
 The results are those of `evaluate`, in less time: the layers of a block are evaluated together, so that the
-blocks before it run once for all of them, and the network runs with its batch norms folded. The logits then
-differ from the model's by float rounding. By how much is measured for each pruned layer on PROBES images; a
-batch with an image whose two best classes are too close for that runs again through the model itself, and so
-does the whole split if the difference could change a decimal of the loss.
+blocks before it run only once for all of them, and the network runs with its batch norms folded. The logits
+then differ from the model's by float rounding; the size of the difference is measured for each pruned layer
+on PROBES images. A batch in which the two best classes of an image are too close for that runs again through
+the model itself, and so does the whole split if the difference could change a decimal of the loss.
 """
 
 import copy
@@ -33,7 +33,7 @@ from utils.pruning.scanning_log import LOSS_DECIMALS, Point
 
 PROBES = 32
 MARGIN_SAFETY = 8.0
-"""How many times the largest difference on the probes two logits are apart for their order to be sure."""
+"""How many times the largest difference on the probes two logits must be apart for their order to be sure."""
 
 
 def scan_plan(model: nn.Module, keep_ratios: Sequence[float]) -> list[Point]:
@@ -42,7 +42,7 @@ def scan_plan(model: nn.Module, keep_ratios: Sequence[float]) -> list[Point]:
 
 
 def scan_id(weights: Weights, split: Split) -> str:
-    """Return a fingerprint of all that a measured accuracy depends on."""
+    """Return a fingerprint of everything that a measured accuracy depends on."""
     model = weights.model
     digest = hashlib.sha256(json.dumps(model.architecture, sort_keys=True).encode())
     digest.update(repr(weights.normalization).encode())
@@ -61,8 +61,8 @@ def _bytes(tensor: Tensor) -> memoryview:
 def measure(model: MobileNetV2, batches: Loader, plan: Sequence[Point]) -> Iterator[Evaluation]:
     """Evaluate the model with one layer pruned, for each point of the plan in its order.
 
-    Counts are those of `evaluate_with_pruned_layer`, and so is the loss to LOSS_DECIMALS. The points of a
-    block end together. The processes of torchrun share the blocks, and each gets all results.
+    Counts, and the loss to LOSS_DECIMALS, equal those of `evaluate_with_pruned_layer`. The points of a block
+    end together. Under torchrun the processes share the blocks, and each gets all results.
 
     Raises:
         ValueError: the batches are not those of a whole split in its order.
@@ -117,7 +117,7 @@ def _evaluate_block(
 
 
 class _PrunedLayer:
-    """The model and the end of the folded network, both with one layer pruned, and what they answer.
+    """The model and the end of the folded network, both with one layer pruned, and their answers.
 
     Args:
         model: in eval mode.
@@ -150,7 +150,7 @@ class _PrunedLayer:
         logits = functional_call(self.suffix, self.folded_weight, (entering,))
         if not len(self.differences):
             own = self._own_logits(images[:PROBES])
-            # Some may agree by chance, and a logit has no more digits than these.
+            # Some may agree by chance; no difference is taken to be below the precision of a logit.
             smallest = torch.finfo(own.dtype).eps * own.abs().max().item()
             self.differences = (logits[:PROBES] - own).abs().clamp(min=smallest)
         best = logits.topk(min(2, logits.shape[1])).values

@@ -1,21 +1,21 @@
-"""The CSV that says how much of each layer to keep; it is made to be edited by hand.
+"""The CSV that says how much of each layer to keep; people edit it by hand.
 
-Its column `sparsity` is the fraction of the layer's weights that are KEPT: 1.0 is not pruned, 0.0
-prunes all of the layer. The code calls this number keep_ratio, and a file may name its column so too.
+Its column `sparsity` is the fraction of the layer's weights that are KEPT: 1.0 prunes nothing, 0.0 prunes the
+whole layer. The code calls this number keep_ratio, and a file may use that name for the column too.
 """
 
 import os
 from collections.abc import Collection, Iterable, Sequence
 
 from models.statistics import LayerStatistics
-from utils.common.csv_files import read_csv, suggest, write_csv
+from utils.common.csv_files import Row, read_csv, suggest, write_csv
 from utils.common.errors import UserError
 
 COLUMNS = ("layer", "sparsity")
 ALIASES = {"keep_ratio": "sparsity"}
-# They help a person decide and are ignored by the reader.
+# These help a person decide; the reader ignores them.
 READ_ONLY_COLUMNS = ("shape", "parameters", "macs")
-MEANING = "sparsity is the fraction of weights KEPT: 1.0 is not pruned, 0.0 prunes all of the layer"
+MEANING = "sparsity is the fraction of weights KEPT: 1.0 prunes nothing, 0.0 prunes the whole layer"
 MADE_BY = "scripts/generate_sparsity_dict_template.py"
 
 
@@ -48,20 +48,21 @@ def read_sparsity_dict(path: str | os.PathLike, layers: Collection[str]) -> dict
         UserError: the file is not such a table, a layer is unknown, missing or listed twice, or a value
             is not a number from 0 to 1.
     """
-    lines: dict[str, int] = {}
-    keep_ratios: dict[str, float] = {}
+    rows: dict[str, Row] = {}
     for row in read_csv(path, "sparsity dict", COLUMNS, MADE_BY, ALIASES):
         name = row["layer"]
         if name not in layers:
             raise row.error("layer", f"the model has no layer {name!r}{suggest(name, layers)}")
-        if name in lines:
-            raise row.error("layer", f"{name} is there already, in line {lines[name]}: remove one of the two")
-        lines[name] = row.line
-        keep_ratios[name] = row.fraction("sparsity", name)
-    missing = [name for name in layers if name not in keep_ratios]
+        if name in rows:
+            raise row.error(
+                "layer", f"{name} already has a row in line {rows[name].line}: remove one of the two"
+            )
+        rows[name] = row
+    keep_ratios = {name: row.fraction("sparsity", name) for name, row in rows.items()}
+    missing = [name for name in layers if name not in rows]
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
-            f"{path} has no row for layer {missing[0]}{others}: add it, with 1.0 to leave it whole"
+            f"{path} has no row for layer {missing[0]}{others}: add it, with 1.0 to leave it unpruned"
         )
     return {name: keep_ratios[name] for name in layers}

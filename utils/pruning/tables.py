@@ -1,4 +1,4 @@
-"""Format what is printed about a pruned model: weights per layer, density, accuracies."""
+"""Tables and lines that describe a pruned model: weights per layer, density, accuracy."""
 
 from models.statistics import ModelStatistics
 from utils.common.tables import format_table
@@ -10,10 +10,8 @@ def format_layers(pruner: FineGrainedPruner) -> str:
     """Return a table of the kept and total weights of each layer."""
     rows = [(name, kept, pruner.masks[name].numel()) for name, kept in pruner.kept().items()]
     rows.append(("all layers", sum(row[1] for row in rows), sum(row[2] for row in rows)))
-    return format_table(
-        ["layer", "kept", "total", "sparsity (kept)"],
-        [(name, kept, total, f"{kept / total:.4f}") for name, kept, total in rows],
-    )
+    with_ratios = [(*row, f"{row[1] / row[2]:.4f}") for row in rows]
+    return format_table(["layer", "kept", "total", "sparsity (kept)"], with_ratios)
 
 
 def format_density(statistics: ModelStatistics) -> str:
@@ -27,18 +25,9 @@ def format_density(statistics: ModelStatistics) -> str:
 
 def format_accuracies(results: dict[str, Evaluation]) -> str:
     """Return a table of the test accuracy of each model and its change from the first model."""
-    first = next(iter(results.values()))
-    return format_table(
-        ["model", "test %", "change", "correct", "images", "loss"],
-        [
-            (
-                name,
-                f"{result.accuracy_pct:.2f}",
-                f"{result.accuracy_pct - first.accuracy_pct:+.2f}",
-                result.correct,
-                result.total,
-                f"{result.loss:.4f}",
-            )
-            for name, result in results.items()
-        ],
-    )
+    first_pct = next(iter(results.values())).accuracy_pct
+    rows = [
+        (name, e.accuracy_pct, f"{e.accuracy_pct - first_pct:+.2f}", e.correct, e.total, f"{e.loss:.4f}")
+        for name, e in results.items()
+    ]
+    return format_table(["model", "test %", "change", "correct", "images", "loss"], rows)
