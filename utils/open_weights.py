@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 
 from models import MobileNetV2, MobileNetV2Quantization
+from utils.checkpoints.foreign import read_safetensors
 from utils.checkpoints.weights import MOBILENETV2_KINDS, Weights, read_pickle, weights_from_content
 from utils.common.files import check_input
 from utils.packing.float_weights import read_weights
@@ -16,7 +17,8 @@ def open_weights(
     """Open a weights file and build its model.
 
     Args:
-        path: weights (.pth), packed float weights, or a bare state_dict of torchvision's MobileNetV2.
+        path: weights (.pth), packed float weights, or someone's checkpoint of torchvision's MobileNetV2 (.pth,
+            .safetensors).
         kinds: the kind or kinds that the caller accepts, keys of MODEL_CLASSES.
         output_stride: overrides the one in the file; the weights do not depend on it.
 
@@ -25,7 +27,10 @@ def open_weights(
             architecture.
     """
     path = check_input(path, "weights file")
-    content = read_weights(path) if is_packed(path) else read_pickle(path)
+    if path.suffix == ".safetensors":
+        content = read_safetensors(path)
+    else:
+        content = read_weights(path) if is_packed(path) else read_pickle(path)
     return weights_from_content(path, content, kinds, output_stride)
 
 

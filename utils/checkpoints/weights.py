@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from models import MobileNetV2, MobileNetV2Quantization, ResNet18
 from models.mobilenetv2 import OUTPUT_STRIDES
-from utils.checkpoints.foreign import architecture_of
+from utils.checkpoints.foreign import architecture_of, unwrap
 from utils.checkpoints.metadata import (
     check_architecture,
     check_image_size,
@@ -120,14 +120,15 @@ def weights_from_content(
             "checkpoint of an unfinished run, resume the run and let it finish"
         )
     if "format" not in content:
-        architecture = architecture_of(path, content)
+        state = unwrap(path, content)
+        architecture = architecture_of(path, state)
         if output_stride is None:
             print(
                 f"note: {path} is a bare state_dict, which does not say its output stride: "
                 f"{architecture['output_stride']} is assumed (--output_stride)",
                 file=sys.stderr,
             )
-        content = {"kind": "float", "architecture": architecture, "state_dict": content}
+        content = {"kind": "float", "architecture": architecture, "state_dict": state}
         content["format_version"] = FORMAT_VERSION
         if kinds == ("qmodel",):
             raise UserError(f"{path} is a bare state_dict, {wanted} is wanted here: convert it first")
@@ -148,6 +149,8 @@ def read_pickle(path: Path) -> dict[str, Any]:
     """Return the dictionary in a file of torch.save, without running code that it may contain."""
     if is_torchscript(path):
         raise UserError(f"{path} is a TorchScript file: weights (.pth) are wanted here")
+    if path.suffix == ".onnx":
+        raise UserError(f"{path} is an ONNX file: give the weights (.pth) that it was made from")
     if _is_compressed(path):
         raise UserError(f"{path} is a compressed archive, which torch.save does not write: save it again")
     try:

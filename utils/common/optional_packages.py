@@ -6,8 +6,12 @@ from types import ModuleType
 from utils.common.errors import UserError
 
 
-def import_optional(*names: str) -> tuple[ModuleType, ...]:
+def import_optional(*names: str, install: str = "-r requirements-benchmarks.txt") -> tuple[ModuleType, ...]:
     """Import modules of optional packages and return them.
+
+    Args:
+        names: of the modules.
+        install: what pip is to install if one is missing.
 
     Raises:
         UserError: a package is not installed.
@@ -16,6 +20,4 @@ def import_optional(*names: str) -> tuple[ModuleType, ...]:
         return tuple(importlib.import_module(name) for name in names)
     except ImportError as error:
         missing = (error.name or names[0]).split(".")[0]
-        raise UserError(
-            f"the package {missing} is not installed here: pip install -r requirements-benchmarks.txt"
-        ) from error
+        raise UserError(f"the package {missing} is not installed here: pip install {install}") from error
