@@ -44,6 +44,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--weights", required=True, help="weights file of the model to prune")
+    parser.hints["--sparsity"] = (
+        "scripts/allocate_sparsity.py --target shares a density of the whole model out among the layers, and "
+        "writes a CSV for --sparsity_dict"
+    )
     parser.add_argument("--sparsity_dict", required=True, metavar="CSV", help=MEANING)
     parser.add_argument("--output", default="weights/mobilenetv2_pruned.pth", help="weights file to write")
     cli.add_force_argument(parser)

@@ -72,7 +72,9 @@ def test_help_is_the_first_paragraph_and_the_defaults():
     [
         (["--epochs", "-3"], "'-3' must be a whole number from 1 to"),
         (["--epochs"], "expected one argument"),
-        (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+        (["--epoch", "3"], "unrecognized arguments: --epoch 3: did you mean --epochs?"),
+        (["--datadir=x"], "did you mean --data_dir?"),
+        (["--nothing_like_it"], "--nothing_like_it (see --help)"),
         (["--two\nlines"], "unrecognized arguments: --two lines"),
         (["--dataset", "imagenet"], "invalid choice: 'imagenet'"),
     ],

@@ -310,3 +310,8 @@ def test_distillation_is_the_formula_of_the_paper():
     assert all(p.grad is None for p in teacher.parameters())
     plain = distillation(teacher, cross_entropy(), 0.0, temperature)(images, logits, labels)
     assert plain.item() == pytest.approx(own.item(), rel=1e-6)
+
+
+def test_one_sparsity_for_the_whole_model_is_pointed_to_its_script(run_script):
+    argv = ("prune.py", "--weights", "a.pth", "--sparsity_dict", "b.csv", "--sparsity", 0.5)
+    assert "scripts/allocate_sparsity.py --target" in run_script(*argv, expect=2).stderr

@@ -39,6 +39,9 @@ def read(tmp_path):
         "layer,sparsity\nclassifier.1,0\nfeatures.1.conv.0.0,0.25\nfeatures.0.0,1\n",
         GOOD.replace("sparsity", "keep_ratio"),
         "keep_ratio,layer\n1,features.0.0\n0.25,features.1.conv.0.0\n0,classifier.1\n",
+        GOOD.replace(",", ";"),
+        GOOD.replace(",", ";").replace("1.0", "1,0").replace("0.25", "0,25"),
+        "\n" + GOOD.replace(",", "\t").replace("0.25", "0,25"),
     ],
     ids=[
         "plain",
@@ -51,6 +54,9 @@ def read(tmp_path):
         "rows",
         "keep_ratio",
         "keep_ratio_first",
+        "semicolons",
+        "decimal_commas",
+        "tabs",
     ],
 )
 def test_good_files_in_forward_order(read, content):
@@ -74,8 +80,6 @@ BAD = {
         GOOD.replace("sparsity", "keep_ratio").replace("0.25", "25%"),
         "line 3, column keep_ratio: '25%' for features.1.conv.0.0 is a percentage",
     ),
-    "semicolons": (GOOD.replace(",", ";"), "not separated by commas"),
-    "tabs": (GOOD.replace(",", "\t"), "not separated by commas"),
     "unknown_layer": (
         GOOD.replace("features.1.conv.0.0", "features.1.conv.00"),
         "line 3, column layer: the model has no layer 'features.1.conv.00': "
@@ -124,6 +128,14 @@ def test_each_fault_is_named_in_one_line(read, tmp_path, fault):
     assert message.startswith(str(tmp_path / "s.csv"))
     assert says in message
     assert len(message.splitlines()) == 1
+
+
+def test_a_scanning_log_is_named_with_its_converter(read):
+    log = "layer,sparsity,recommended_sparsity\nfeatures.0.0,0.5,\nfeatures.0.0,0.7,0.7\n"
+    with pytest.raises(
+        UserError, match=r"is a scanning log: .* scripts/scanning_log_to_sparsity_dict_template"
+    ):
+        read(log)
 
 
 def test_a_missing_file_and_a_folder(tmp_path):

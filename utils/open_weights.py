@@ -17,7 +17,7 @@ def open_weights(
     """Open a weights file and build its model.
 
     Args:
-        path: weights (.pth), packed float weights, or someone's checkpoint of torchvision's MobileNetV2 (.pth,
+        path: weights (.pth), packed float weights, or a checkpoint of torchvision's MobileNetV2 (.pth,
             .safetensors).
         kinds: the kind or kinds that the caller accepts, keys of MODEL_CLASSES.
         output_stride: overrides the one in the file; the weights do not depend on it.

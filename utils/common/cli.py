@@ -1,7 +1,9 @@
 """Argument parsing: one-line errors, checked types, and groups of flags that scripts share."""
 
 import argparse
+import difflib
 import math
+import re
 from typing import NoReturn
 
 from utils.common.errors import EXIT_BAD_INPUT, one_line
@@ -34,10 +36,23 @@ class ArgumentParser(argparse.ArgumentParser):
             formatter_class=DefaultsFormatter,
             allow_abbrev=False,
         )
+        self.hints: dict[str, str] = {}
+        """What to do instead of giving a flag that does not exist."""
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 and one line."""
-        self.exit(EXIT_BAD_INPUT, f"error: {self.prog}: {one_line(message)} (see --help)\n")
+        self.exit(
+            EXIT_BAD_INPUT, f"error: {self.prog}: {one_line(message)}{self._hint(message)} (see --help)\n"
+        )
+
+    def _hint(self, message: str) -> str:
+        for flag in re.findall(r"(?<!\S)--\w+", message if message.startswith("unrecognized") else ""):
+            if flag in self.hints:
+                return f": {self.hints[flag]}"
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            if near:
+                return f": did you mean {near[0]}?"
+        return ""
 
 
 def _number(text: str, kind: type, accept, requirement: str):

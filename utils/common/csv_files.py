@@ -5,6 +5,7 @@ import difflib
 import io
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,6 +13,7 @@ from typing import TypeVar
 from utils.common.errors import UserError
 from utils.common.files import atomic_write, check_input
 
+DECIMAL_COMMA = re.compile(r"^(-?\d+),(\d+)$")
 T = TypeVar("T", int, float)
 
 
@@ -83,7 +85,8 @@ def read_csv(
 ) -> list[Row]:
     """Return the rows of a CSV file that has `columns`, in any order, and possibly others.
 
-    Windows line endings, spaces around cells, blank lines and a byte order mark are accepted.
+    Windows line endings, spaces around cells, blank lines and a byte order mark are accepted, as are
+    semicolons or tabs between cells, and then decimal commas.
 
     Args:
         path: the file.
@@ -103,12 +106,16 @@ def read_csv(
         raise UserError(f"{path} is not text in UTF-8: save it as CSV (UTF-8)") from error
     if is_growing:
         text = text[: text.rfind("\n") + 1]
+    first = next(filter(str.strip, text.splitlines()), "")
+    delimiter = "," if "," in first else next((one for one in ";\t" if one in first), ",")
     # Strict, because an unclosed quote would otherwise swallow the rest of the file.
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     try:
         stripped = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
     except csv.Error as error:
         raise UserError(f"{path} line {reader.line_num} is not CSV ({error}): check its quotes") from error
+    if delimiter != ",":
+        stripped = [(line, [DECIMAL_COMMA.sub(r"\1.\2", cell) for cell in cells]) for line, cells in stripped]
     lines = [(line, cells) for line, cells in stripped if any(cells)]
     if not lines:
         raise UserError(f"{path} is empty: recreate it with {made_by}")
@@ -120,8 +127,6 @@ def read_csv(
             raise UserError(f"{path} has two columns {' and '.join(dict.fromkeys(spellings))}: remove one")
         if spellings:
             continue
-        if len(header) == 1 and any(separator in header[0] for separator in ";\t"):
-            raise UserError(f"{path} is not separated by commas: save it as CSV with commas")
         raise UserError(
             f"{path} has no column {column} (it has {', '.join(header)[:200]}): "
             f"it needs the columns {','.join(columns)}, as {made_by} writes them"

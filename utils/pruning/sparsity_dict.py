@@ -50,6 +50,11 @@ def read_sparsity_dict(path: str | os.PathLike, layers: Collection[str]) -> dict
     """
     rows: dict[str, Row] = {}
     for row in read_csv(path, "sparsity dict", COLUMNS, MADE_BY, ALIASES):
+        if "recommended_sparsity" in row.cells:
+            raise UserError(
+                f"{path} is a scanning log: turn it into a sparsity dict with "
+                f"scripts/scanning_log_to_sparsity_dict_template.py --f {path}"
+            )
         name = row["layer"]
         if name not in layers:
             raise row.error("layer", f"the model has no layer {name!r}{suggest(name, layers)}")
