@@ -28,7 +28,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--split", choices=("test", "val", "train"), default="test", help="images to evaluate on"
     )
-    parser.add_argument("--batch_size", type=cli.positive_int, default=500, help="images per batch")
+    parser.add_argument("--batch_size", type=cli.positive_int, default=100, help="images per batch")
     cli.add_data_arguments(parser)
     cli.add_runtime_arguments(parser)
     add_device_argument(parser)

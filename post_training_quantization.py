@@ -5,7 +5,10 @@ Writes three TorchScript files, which run without this repository.
 """
 
 import argparse
+import sys
 from pathlib import Path
+
+from tqdm import tqdm
 
 from models import MobileNetV2
 from models.folding import fold_batch_norms
@@ -53,7 +56,8 @@ def main(args: argparse.Namespace) -> None:
 
     print("[1/3] calibrating", flush=True)
     calibration = calibration_batches(data, weights.normalization, args)
-    calibrated = calibrate(weights.model, calibration)
+    is_hidden = not sys.stderr.isatty()
+    calibrated = calibrate(weights.model, tqdm(calibration, leave=False, disable=is_hidden))
     folded = fold_batch_norms(weights.model)
     models: dict[str, MobileNetV2 | Int8Model] = {"float": folded}
     for variant, per_channel in (("ptq_per_tensor", False), ("ptq_per_channel", True)):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from utils.deployment import latency
-from utils.deployment.latency import Latency, measure_fastest_forms
+from utils.deployment.latency import Latency, format_rows, measure_fastest_forms
 
 INPUTS = torch.zeros(4, 3, 8, 8)
 
@@ -118,3 +118,10 @@ def test_of_several_forms_the_one_with_the_lowest_median_counts(monkeypatch):
     assert measured["small"][1].times_ms == (1000, 1000, 1000)
     assert running == ["frozen", "frozen", "oneDNN", "oneDNN", "int8", "int8"] * 3
     assert prepared[-3:] == ["float", "float", "small"]
+
+
+def test_a_disturbed_timing_is_told():
+    columns = {"ms": ("median_latency_ms", "{:.1f}")}
+    calm = {"median_latency_ms": 1.0, "p90_latency_ms": 1.9}
+    assert "disturbed" not in format_rows([calm], columns)
+    assert "disturbed" in format_rows([calm, {**calm, "p90_latency_ms": 2.1}], columns)

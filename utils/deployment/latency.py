@@ -99,4 +99,7 @@ def format_rows(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[s
         columns: by header, the key of a value and how to format it, such as "{:.3f}".
     """
     cells = [[form.format(row[key]) for key, form in columns.values()] for row in rows]
-    return format_table(list(columns), cells)
+    table = format_table(list(columns), cells)
+    if any(row.get("p90_latency_ms", 0) > 2 * row.get("median_latency_ms", 0) for row in rows):
+        table += "\n\nnote: p90 is more than twice the median: other programs disturbed the timing, repeat it"
+    return table
