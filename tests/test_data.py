@@ -1,10 +1,12 @@
 import hashlib
 import http.server
 import io
+import mmap
 import os
 import pickle
 import signal
 import socket
+import stat
 import tarfile
 import threading
 import time
@@ -15,11 +17,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
+from PIL import EpsImagePlugin, ExifTags, Image, ImageOps
 from torchvision.datasets import CIFAR10, ImageFolder
 
 from tests.conftest import write_image
+from utils.common import files
 from utils.common.errors import UserError
+from utils.data import image_file
 from utils.data.datasets import (
     ImageData,
     Split,
@@ -345,13 +349,19 @@ def a_class_renamed(folder):
         (a_class_renamed, [10, 11, 0, 1], [0, 0, 1, 1]),
     ],
 )
-def test_the_cache_notices_files_that_were(folder, change, expected, labels):
+def test_the_cache_notices_files_that_were(folder, change, expected, labels, capsys):
     image_folder.load(folder, 8)
+    assert capsys.readouterr().err == ""
     time.sleep(0.02)  # the clock of a file system may tick every few milliseconds only
     change(folder)
     (images, found), _, _ = image_folder.load(folder, 8)
     assert reds(images) == expected
     assert found.tolist() == labels
+    assert capsys.readouterr().err == made_again(folder)
+
+
+def made_again(folder):
+    return f"note: {cache_of(folder)} is damaged or of other images: they are decoded again\n"
 
 
 def cache_of(folder):
@@ -360,7 +370,7 @@ def cache_of(folder):
 
 
 @pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
-def test_a_truncated_cache_is_made_again(folder, decoded, keep):
+def test_a_truncated_cache_is_made_again(folder, decoded, keep, capsys):
     image_folder.load(folder, 8)
     content = cache_of(folder).read_bytes()
     cache_of(folder).write_bytes(content[: int(keep if keep >= 1 else keep * len(content))])
@@ -369,6 +379,15 @@ def test_a_truncated_cache_is_made_again(folder, decoded, keep):
     assert len(decoded) == 16
     image_folder.load(folder, 8)
     assert len(decoded) == 16
+    assert capsys.readouterr().err == made_again(folder)
+
+
+def test_truncating_the_cache_of_a_run_changes_nothing_there(folder):
+    image_folder.load(folder, 64)
+    (images, _), (test, _), _ = image_folder.load(folder, 64)
+    os.truncate(cache_of(folder), 0)
+    assert reds(images) == [0, 1, 10, 11]
+    assert sorted(reds(test)) == [100, 101, 110, 111]
 
 
 def test_a_cache_of_something_else_is_made_again(folder):
@@ -378,8 +397,8 @@ def test_a_cache_of_something_else_is_made_again(folder):
     assert cache_of(folder).stat().st_size == image_folder.HEADER_SIZE + 8 * 8 * 8 * 3
 
 
-@pytest.mark.parametrize("place", [5, 100, 200, -1])
-def test_a_flipped_bit_in_the_cache_is_noticed(folder, decoded, place):
+@pytest.mark.parametrize("place", [5, 70, 200, -1])
+def test_a_flipped_bit_in_the_cache_is_noticed(folder, decoded, place, capsys):
     first = image_folder.load(folder, 8)
     content = bytearray(cache_of(folder).read_bytes())
     content[place] ^= 1
@@ -388,6 +407,61 @@ def test_a_flipped_bit_in_the_cache_is_noticed(folder, decoded, place):
     assert len(decoded) == 16
     assert torch.equal(first[0][0], second[0][0])
     assert torch.equal(first[1][0], second[1][0])
+    assert capsys.readouterr().err == made_again(folder)
+
+
+def test_a_cache_whose_images_were_swapped_is_made_again(folder, decoded):
+    image_folder.load(folder, 8)
+    content = cache_of(folder).read_bytes()
+    first, second = content[:-192], content[-192:]
+    cache_of(folder).write_bytes(first[:-192] + second + first[-192:])
+    image_folder.load(folder, 8)
+    assert len(decoded) == 16
+
+
+def test_neither_a_planted_temporary_nor_what_a_killed_run_left_matters(folder, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    ours, killed = (folder / f"..images-8.cache.{process}.tmp" for process in (os.getpid(), 2**40))
+    ours.symlink_to(victim)
+    killed.write_text("gigabytes")
+    image_folder.load(folder, 8)
+    assert victim.read_text() == "precious"
+    assert cache_of(folder).is_file()
+    assert not killed.exists()
+
+
+def test_a_temporary_that_becomes_a_link_is_not_written_through(folder, tmp_path, monkeypatch, capsys):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    create = files._create_temporary
+
+    def swapped(target):
+        temporary = create(target)
+        temporary.unlink()
+        temporary.symlink_to(victim)
+        return temporary
+
+    monkeypatch.setattr(files, "_create_temporary", swapped)
+    (images, _), _, _ = image_folder.load(folder, 8)
+    assert reds(images) == [0, 1, 10, 11]
+    assert victim.read_text() == "precious"
+    assert capsys.readouterr().err.startswith("note: the decoded images are not cached:")
+
+
+@pytest.mark.parametrize("kind", ["a socket", "a link to nothing"])
+def test_a_cache_that_is_no_file_is_left_alone(folder, kind, capsys):
+    cache = folder / ".images-8.cache"
+    if kind == "a socket":
+        os.mknod(cache, stat.S_IFSOCK | 0o600)
+    else:
+        cache.symlink_to(folder / "nothing")
+    (images, _), _, _ = image_folder.load(folder, 8)
+    assert reds(images) == [0, 1, 10, 11]
+    assert not (folder / "nothing").exists()
+    assert capsys.readouterr().err == (
+        f"note: the decoded images are not cached: {cache} is not a regular file: remove it\n"
+    )
 
 
 def test_a_cache_that_is_a_link_is_neither_followed_nor_replaced(folder, tmp_path, capsys):
@@ -411,9 +485,87 @@ def test_a_fifo_does_not_block(folder, capsys):
         image_folder.load(folder, 8)
 
 
-def test_images_that_do_not_fit_into_the_memory_are_refused(folder):
+def test_a_fifo_among_the_classes_is_passed_over(folder):
+    os.mkfifo(folder / "train/bird")
+    (images, _), _, names = image_folder.load(folder, 8)
+    assert names == ["cat", "dog"]
+    assert reds(images) == [0, 1, 10, 11]
+
+
+def test_images_that_do_not_fit_into_the_memory_are_refused(folder, decoded, monkeypatch):
     with pytest.raises(UserError, match="smaller --image_size"):
         image_folder.load(folder, 10**6)
+    # Four training images twice, and four test images.
+    needed = (2 * 4 + 4) * 8 * 8 * 3
+    monkeypatch.setattr(image_folder, "_free_memory", lambda: needed - 1)
+    with pytest.raises(UserError, match=r"the images of 8 pixels take .* GB, and .* GB of memory are free"):
+        image_folder.load(folder, 8)
+    assert not decoded
+    monkeypatch.setattr(image_folder, "_free_memory", lambda: needed)
+    image_folder.load(folder, 8)
+
+
+def test_large_images_are_decoded_one_at_a_time(folder, monkeypatch):
+    at_work, most = [], []
+
+    def slow(image):
+        at_work.append(image)
+        most.append(len(at_work))
+        time.sleep(0.01)
+        at_work.remove(image)
+        return image
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(ImageOps, "exif_transpose", slow)
+    image_folder.load(folder, 8)
+    assert max(most) > 1
+    most.clear()
+    monkeypatch.setattr(image_file, "LARGE_IMAGE", 8 * 8 - 1)
+    image_folder.load(folder, 9)
+    assert max(most) == 1
+
+
+def test_an_image_is_not_mapped_into_memory(tmp_path, monkeypatch):
+    Image.new("L", (8, 8), 77).save(tmp_path / "gray.bmp")
+    monkeypatch.setattr(mmap, "mmap", None)
+    assert (read_image(tmp_path / "gray.bmp", 8) == 77).all()
+
+
+def test_no_other_program_decodes_an_image(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.eps")
+    (tmp_path / "0.eps").rename(tmp_path / "0.png")
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: started.append(args))
+    with pytest.raises(UserError, match=r"0\.png cannot be read \(it is none of BMP, GIF, JPEG, PNG"):
+        read_image(tmp_path / "0.png", 8)
+    assert not started
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "MPO"])
+def test_an_image_may_have_the_extension_of_another_format(tmp_path, kind):
+    Image.new("RGB", (8, 8), (80, 80, 80)).save(tmp_path / "image", kind)
+    (tmp_path / "image").rename(tmp_path / "image.jpg")
+    assert (abs(read_image(tmp_path / "image.jpg", 8).astype(int) - 80) < 3).all()
+
+
+ODD_NAMES = ["\x1b[31mred", "a$b\nc", os.fsdecode(b"caf\xe9")]
+
+
+def test_names_of_any_bytes_are_read_and_cached(tmp_path, decoded, capfd):
+    for split in ("train", "test"):
+        for shade, name in enumerate(ODD_NAMES):
+            folder = tmp_path / "\x1b[2J" / split / name
+            folder.mkdir(parents=True)
+            Image.new("RGB", (8, 8), (shade, 0, 0)).save(folder / os.fsdecode(b"\xff\x1b.png"))
+    for size in (1, 0, 6):
+        (images, labels), _, names = image_folder.load(tmp_path / "\x1b[2J", 8)
+        assert names == ODD_NAMES
+        assert reds(images) == labels.tolist() == [0, 1, 2]
+        os.truncate(cache_of(tmp_path / "\x1b[2J"), size)
+    assert len(decoded) == 18
+    printed = capfd.readouterr().err
+    assert printed.count("\n") == printed.count("\\x1b[2J") == 2
+    assert "\x1b" not in printed
 
 
 def test_the_orientation_of_a_photo_is_applied(tmp_path):
@@ -431,12 +583,26 @@ def test_small_data_sets_are_commented_on():
 
     data = ImageData(split(27), split(8), split(3), ("cat",))
     assert [note.split(":")[0] for note in notes_on_size(data, 27)] == [
-        "there is one class",
         "one of 8 val images is 12.5 points",
+        "one of 3 test images is 33.3 points",
         "an epoch of 27 images is one step",
     ]
     assert "no val images" in notes_on_size(ImageData(split(99), split(0), split(3), ("a", "b")), 8)[0]
-    assert notes_on_size(ImageData(split(900), split(100), split(3), ("a", "b")), 8) == []
+    assert notes_on_size(ImageData(split(900), split(100), split(100), ("a", "b")), 8) == []
+
+
+def test_one_class_is_commented_on_and_three_images_are_read(tmp_path, capsys):
+    for index in range(3):
+        write_image(tmp_path / "train/cat" / f"{index}.png", plain(index))
+    write_image(tmp_path / "test/cat/0.png", plain(9))
+    data = load_data(arguments("folder", tmp_path, image_size=8))
+    assert [len(data.train), len(data.val), len(data.test)] == [3, 0, 1]
+    assert capsys.readouterr().err == "note: there is one class: every model is right about every image\n"
+    assert [note.split(":")[0] for note in notes_on_size(data, 8)] == [
+        "there are no val images",
+        "one of 1 test images is 100.0 points",
+        "an epoch of 3 images is one step",
+    ]
 
 
 def test_a_folder_that_takes_no_cache_is_read_with_one_note(folder, capsys):
@@ -500,6 +666,22 @@ def a_broken_link(folder):
     return f"{folder / 'test' / 'dog' / '2.png'} cannot be read (No such file or directory)"
 
 
+def a_socket(folder):
+    os.mknod(folder / "test" / "dog" / "2.png", stat.S_IFSOCK | 0o600)
+    return f"image {folder / 'test' / 'dog' / '2.png'} is not a regular file"
+
+
+def a_device(folder):
+    (folder / "test" / "dog" / "2.png").symlink_to("/dev/zero")
+    return f"image {folder / 'test' / 'dog' / '2.png'} is not a regular file"
+
+
+def an_unknown_class_of_odd_bytes(folder):
+    (folder / "test" / os.fsdecode(b"\x1b[31m\xff")).mkdir()
+    write_image(folder / "test" / os.fsdecode(b"\x1b[31m\xff") / "0.png", plain(1))
+    return f"{folder / 'test'}/\\x1b[31m\\udcff is a class that {folder / 'train'} lacks"
+
+
 def floating_point(folder):
     path = folder / "test" / "dog" / "2.tif"
     Image.fromarray(np.ones((8, 8), np.float32)).save(path)
@@ -517,6 +699,10 @@ BAD_FOLDERS = {
     "a truncated image": unreadable(lambda content: content[:-30]),
     "a folder as an image": a_folder_named_as_an_image,
     "a broken link": a_broken_link,
+    "a socket": a_socket,
+    "a device": a_device,
+    "billions of pixels": unreadable(lambda content: b"P6 60000 60000 255\n" + content),
+    "an unknown class of odd bytes": an_unknown_class_of_odd_bytes,
     "floating-point pixels": floating_point,
 }
 
@@ -727,3 +913,63 @@ def test_damaged_files_without_network_are_one_line(server, tmp_path, monkeypatc
     assert str(error.value).startswith(f"{folder} is damaged and could not be downloaded (")
     assert f"remove {folder} and connect to the network" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_data_dir_that_is_no_folder_is_one_line_without_a_download(server, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for name in ("file", "fifo", "link"):
+        with pytest.raises(UserError, match=f"{name} is not a folder: give the right --data_dir"):
+            cifar10.load(tmp_path / name)
+    with pytest.raises(UserError, match="File name too long"):
+        cifar10.load(tmp_path / ("x" * 300))
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("name", ["data_batch_2", "test_batch", "batches.meta", "readme.html", "archive"])
+@pytest.mark.parametrize("kind", ["FIFO", "socket", "folder", "huge file"])
+def test_what_is_no_file_of_cifar10_neither_blocks_nor_fills_the_memory(server, tmp_path, name, kind):
+    cifar10.load(tmp_path)
+    folder = tmp_path / CIFAR10.base_folder
+    path = tmp_path / CIFAR10.filename if name == "archive" else folder / name
+    path.unlink(missing_ok=True)
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "socket":
+        os.mknod(path, stat.S_IFSOCK | 0o600)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.touch()
+        os.truncate(path, 2**40)
+    with pytest.raises(UserError, match=f"{path.name} is not a regular file of CIFAR-10: remove it"):
+        cifar10.load(tmp_path)
+
+
+def test_a_download_writes_through_no_link(server, tmp_path):
+    victim = tmp_path / "victim"
+    folder = tmp_path / "data" / CIFAR10.base_folder
+    folder.mkdir(parents=True)
+    for path in (folder / "data_batch_2", folder / "readme.html", folder.with_name(CIFAR10.filename)):
+        victim.write_text("precious")
+        path.symlink_to(victim)
+        with pytest.raises(UserError, match=f"{path.name} is a link, and a download would follow it"):
+            cifar10.load(tmp_path / "data")
+        path.unlink()
+        assert victim.read_text() == "precious"
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    with pytest.raises(UserError, match=f"{folder.name} is a link, and a download would follow it"):
+        cifar10.load(tmp_path / "data")
+    assert not (tmp_path / "test_batch").exists()
+
+
+def test_links_to_whole_files_and_other_files_beside_them_are_fine(server, tmp_path):
+    cifar10.load(tmp_path / "shared")
+    shared = tmp_path / "shared" / CIFAR10.base_folder
+    (shared / "notes").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / CIFAR10.base_folder).symlink_to(shared)
+    assert len(cifar10.load(tmp_path / "data")[0][1]) == 100

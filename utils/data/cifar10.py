@@ -1,6 +1,7 @@
 """CIFAR-10 (Krizhevsky, 2009, https://www.cs.toronto.edu/~kriz/cifar.html), downloaded on first use."""
 
 import io
+import os
 import socket
 import sys
 from collections.abc import Iterator
@@ -11,36 +12,43 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.common.errors import UserError, one_line
+from utils.common.errors import UserError, one_line, printable
 from utils.data.image_folder import LabelledImages
 
 NETWORK_TIMEOUT_S = 20.0
+LARGEST_FILE = 2**28
+"""Bytes; the archive has 170 million."""
 
 
 def load(data_dir: Path) -> tuple[LabelledImages, LabelledImages, list[str]]:
     """Return the training images, the test images and the class names.
 
     Raises:
-        UserError: the files are missing or damaged, and the download failed.
+        UserError: the files are missing or damaged, and the download failed or would write through a link.
     """
     # torchvision takes a second to import, and not every data set needs it.
     from torchvision.datasets import CIFAR10
 
+    if os.path.lexists(data_dir) and not data_dir.is_dir():
+        raise UserError(f"{data_dir} is not a folder: give the right --data_dir")
     folder = data_dir / CIFAR10.base_folder
-    was_there = folder.exists()
-    paths = [folder.with_name(CIFAR10.filename), *(folder.iterdir() if folder.is_dir() else ())]
-    for path in paths:
-        if path.exists() and not path.is_file():  # a FIFO would block for ever
-            raise UserError(f"{path} is not a regular file: remove it")
+    names = ["readme.html", CIFAR10.meta["filename"]]
+    names += [name for name, _ in CIFAR10.train_list + CIFAR10.test_list]
+    paths = [folder.with_name(CIFAR10.filename), *(folder / name for name in names)]
+    was_there = os.path.lexists(folder)
     try:
+        for path in paths:
+            # A FIFO would block for ever, and so, nearly, would the checksum of a huge file.
+            if path.exists() and not (path.is_file() and path.stat().st_size <= LARGEST_FILE):
+                raise UserError(f"{path} is not a regular file of CIFAR-10: remove it")
         try:
             train = CIFAR10(data_dir, train=True)  # checks the files
         except RuntimeError:
-            for path in paths:
+            for path in [folder, *paths]:
                 if path.is_symlink():
                     raise UserError(f"{path} is a link, and a download would follow it: remove it") from None
             if not was_there:
-                print(f"downloading CIFAR-10 into {data_dir}", flush=True)
+                print(f"downloading CIFAR-10 into {printable(str(data_dir))}", flush=True)
             with _network_timeout(NETWORK_TIMEOUT_S), _progress_bar_on_terminals_only():
                 train = CIFAR10(data_dir, train=True, download=True)
         test = CIFAR10(data_dir, train=False)

@@ -1,5 +1,6 @@
 """The three data sets; each split is held in memory as one uint8 tensor."""
 
+import sys
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.common.distributed import main_first
+from utils.common.distributed import is_main, main_first
 from utils.common.errors import UserError
 from utils.data import cifar10, image_folder, synthetic
 from utils.data.image_folder import LabelledImages
@@ -19,7 +20,7 @@ VAL_FRACTION_OF_SMALL = 0.1
 # Not --seed: otherwise weights trained with one seed would have seen the val images of another.
 VAL_SPLIT_SEED = 20180113
 DEFAULT_IMAGE_SIZE = 32
-FEW_VAL_IMAGES = 100
+FEW_IMAGES = 100
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def load_data(args: Namespace, image_size: int | None = None) -> ImageData:
     side = args.image_size or image_size or DEFAULT_IMAGE_SIZE
     with main_first():
         train, test, class_names = _load_source(args.dataset, Path(args.data_dir), side)
+    if len(class_names) == 1 and is_main():
+        print("note: there is one class: every model is right about every image", file=sys.stderr)
     train_split, test_split = _as_split(*train), _as_split(*test)
     val_size = args.val_size
     if val_size is None:
@@ -116,14 +119,14 @@ def given_normalization(args: Namespace) -> Normalization | None:
 
 def notes_on_size(data: ImageData, batch_size: int) -> list[str]:
     """Return what the user should know about a data set that is small for training."""
-    steps, val = len(data.train) // batch_size, len(data.val)
+    steps, val, test = len(data.train) // batch_size, len(data.val), len(data.test)
     notes = []
-    if len(data.class_names) == 1:
-        notes.append("there is one class: every model is right about every image")
     if not val:
         notes.append("there are no val images: the last epoch counts as the best")
-    elif val < FEW_VAL_IMAGES:
+    elif val < FEW_IMAGES:
         notes.append(f"one of {val} val images is {100 / val:.1f} points: the best epoch is partly chance")
+    if test < FEW_IMAGES:
+        notes.append(f"one of {test} test images is {100 / test:.1f} points: the accuracy is partly chance")
     if steps <= 1:
         notes.append(
             f"an epoch of {len(data.train)} images is one step: give a smaller --batch_size or more --epochs"
