@@ -31,7 +31,7 @@ OUTLIERS = 0.001
 
 
 def has_batch_norms(file: ModelFile) -> bool:
-    """Whether the file holds batch norms; otherwise they are folded into the weights."""
+    """Return whether the file holds batch norms; otherwise they are folded into the weights."""
     return isinstance(file.source, Weights)
 
 
@@ -140,7 +140,7 @@ def _plot_histogram(axis, kind: str, groups: dict[str, np.ndarray], histogram_of
     seen = np.abs(np.concatenate(list(nonzeros.values())))
     limit = np.quantile(seen, 1 - OUTLIERS) if seen.size else 1.0
     bins = np.linspace(-limit, limit, HISTOGRAM_BINS)
-    # What there was before stands as a grey ground behind what there is.
+    # The weights to compare with are drawn in grey below the others.
     colors = ["#BBBBBB", KIND_COLORS[kind]][-len(groups) :]
     captions = [histogram_of]
     for color, (name, values) in zip(colors, nonzeros.items(), strict=True):

@@ -57,12 +57,12 @@ class Int8Model:
 
     @property
     def per_channel(self) -> bool:
-        """Whether each output channel of a weight has a scale of its own."""
+        """Return whether each output channel of a weight has a scale of its own."""
         return any(len(scale) > 1 for scale in self.scales.values())
 
     @property
     def operations(self) -> list[Operation]:
-        """The operations in forward order; the layers in them are on the meta device."""
+        """Return the operations in forward order; the layers in them are on the meta device."""
         return operations_of(self.architecture)
 
     def qparams(self, name: str) -> QParams:

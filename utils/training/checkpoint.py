@@ -51,12 +51,12 @@ class RunConfig:
 
     @property
     def checkpoint(self) -> Path:
-        """Where the run keeps its checkpoint until the output is written."""
+        """Return where the run keeps its checkpoint until the output is written."""
         return checkpoint_path(self.output)
 
     @property
     def history(self) -> Path:
-        """Where the run writes its epoch table as CSV."""
+        """Return where the run writes its epoch table as CSV."""
         return self.output.with_name(f"{_stem(self.output)}.history.csv")
 
     def check_files(self, record: str | os.PathLike | None, read: Paths) -> None:

@@ -82,7 +82,7 @@ class Run:
 
     @property
     def selected(self) -> nn.Module:
-        """The model that is evaluated on val; after `fit` it holds the weights of the best epoch."""
+        """Return the model that is evaluated on val; after `fit` it holds the weights of the best epoch."""
         return self.average.module if self.average else self.model
 
     def step_hooks(self) -> list[Callable[[], None]]:

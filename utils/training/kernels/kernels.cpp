@@ -1,5 +1,5 @@
 // Training kernels for maps that lie in memory as rows of channels (channels last): batch norm with
-// ReLU6 behind it, and the 3x3 depthwise convolution, forward and backward, in float32 or bfloat16.
+// ReLU6 after it, and the 3x3 depthwise convolution, forward and backward, in float32 or bfloat16.
 //
 // These operations do little arithmetic for each number that they read, so what counts is how often a
 // map goes through memory: each function below reads its inputs once and writes its output once. All
@@ -155,7 +155,7 @@ void batch_norm_forward(const T* x, const float* parameters, long rows, long cha
     }
 }
 
-// sums: (2, channels) of the gradient in front of the ReLU6, and of it times (x - mean).
+// sums: (2, channels) of the gradient before the ReLU6, and of it times (x - mean).
 template <bool HAS_RELU6, typename T>
 void batch_norm_backward_sums(const T* grad_y, const T* x, const float* parameters, long rows, long row,
                               long channels, double* sums) {
@@ -173,7 +173,7 @@ void batch_norm_backward_sums(const T* grad_y, const T* x, const float* paramete
     fold(sums, row, channels);
 }
 
-// grad_x = gradient in front of the ReLU6 * scale + x * of_x + constant.
+// grad_x = gradient before the ReLU6 * scale + x * of_x + constant.
 template <bool HAS_RELU6, typename T>
 void batch_norm_backward(const T* grad_y, const T* x, const float* parameters, const float* of_sums, long rows,
                          long channels, T* grad_x) {
@@ -194,7 +194,7 @@ struct Map {
     long images, height, width, channels;
 };
 
-// Rows in front of the first and behind the last are zeros.
+// Rows before the first and after the last are zeros.
 template <typename T>
 const T* row_of(const T* x, const T* zeros, const Map& map, long image, long y) {
     return y < 0 || y >= map.height ? zeros : x + (image * map.height + y) * map.width * map.channels;
