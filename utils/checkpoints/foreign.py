@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from models import MobileNetV2
+from utils.checkpoints.metadata import MOST_CLASSES
 from utils.common.errors import UserError, one_line
 
 
@@ -42,6 +43,8 @@ def architecture_of(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     head, stem = state.get("classifier.1.weight"), state.get("features.0.0.weight")
     if not (isinstance(head, Tensor) and isinstance(stem, Tensor) and head.ndim == 2 and stem.ndim == 4):
         raise UserError(f"{path} is not a MobileNetV2: it lacks classifier.1.weight or features.0.0.weight")
+    if not 1 <= head.shape[0] <= MOST_CLASSES:
+        raise UserError(f"{path} is not a MobileNetV2: it has {head.shape[0]} classes")
     shapes = {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
     # Channels are rounded to multiples of 8, so trying a few width multipliers is enough.
     for width_mult in (1.0, 1.4, 1.3, 0.75, 0.5, 0.35, 0.25, 0.1, 1.1, 1.2, 1.5, 1.75, 2.0):
