@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import MobileNetV2
+from models.folding import fold_batch_norms
 from models.statistics import prunable_layers
 from scripts.pack_weights import check_logits, source_of
 from tests.test_packing_codecs import tensors
@@ -225,7 +226,7 @@ def test_a_model_trained_in_int8_on_any_engine(engine, tiny_qmodel, tmp_path):
         class_names=weights.class_names,
         normalization=weights.normalization,
         image_size=32,
-        parameters=5,
+        parameters=sum(p.numel() for p in fold_batch_norms(weights.model).parameters()),
         nonzeros=4,
         macs=3,
         dense_size_mb=2.0,

@@ -1,6 +1,7 @@
 import io
 import json
 import random
+import resource
 import struct
 import zipfile
 from argparse import Namespace
@@ -47,7 +48,10 @@ METADATA = Metadata(
     class_names=("blue", "grün", "red"),
     normalization=Normalization((0.1, 0.2, 1 / 3), (0.4, 0.5, 0.6)),
     image_size=32,
-    parameters=100,
+    parameters=sum(
+        parameter.numel()
+        for parameter in fold_batch_norms(MobileNetV2(num_classes=3, width_mult=0.1)).parameters()
+    ),
     nonzeros=27,
     macs=12345,
     dense_size_mb=0.5,
@@ -181,8 +185,9 @@ def test_the_float_graph_has_no_batch_norm_left(models):
     assert not any("batch_norm" in kind or "dropout" in kind for kind in kinds)
 
 
-def test_equal_models_give_equal_files_that_name_no_place(scripted, content):
+def test_equal_models_give_equal_files_that_name_no_place(models, scripted, content):
     assert pack_torchscript(scripted, METADATA) == content
+    assert pack_torchscript(to_torchscript(models["ptq_per_channel"], 32), METADATA) == content
     for place in (REPOSITORY, Path(torch.__file__).parent, Path.home()):
         assert str(place).encode() not in content
     assert b".py(" not in content
@@ -276,11 +281,47 @@ def test_an_engine_that_this_machine_lacks(refused, content):
         {"normalization": None},
         {"class_names": 3},
         {"parameters": "many"},
+        {"parameters": 0},
+        {"parameters": 26, "nonzeros": 27},
+        {"nonzeros": -1},
+        {"nonzeros": 10**9},
+        {"macs": 0},
+        {"dense_size_mb": -1},
+        {"normalization": {"mean": [0.5] * 3, "std": [0.0, 0.2, 0.2]}},
+        {"normalization": {"mean": [0.5] * 3, "std": [float("nan"), 0.2, 0.2]}},
+        {"class_names": ["a", "b"]},
+        {"image_size": 0},
+        {"image_size": 4096},
+        {"architecture": [1]},
+        {"architecture": {"num_classes": 3.0}},
+        {"metrics": ["a"]},
+        {"metrics": None},
+        {"versions": 3},
+        {"engine": None},
+        {"engine": []},
+        {"variant": "float"},
+        {"variant": []},
     ],
     ids=str,
 )
 def test_metadata_of_another_make(refused, content, changes):
     assert "damaged or not of this project" in refused(with_metadata(content, **changes))
+
+
+def test_another_number_of_parameters_than_the_tensors_have(refused, content):
+    assert "is damaged (not 12345 parameters)" in refused(
+        with_metadata(content, parameters=12345), open_model
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_tensors_that_are_not_finite(refused, float_content, value):
+    def replacement(entry):
+        return struct.pack("<f", value) + entry[4:]
+
+    assert "holds NaN or infinity" in refused(
+        with_part(float_content, "constants/0", replacement), open_model
+    )
 
 
 def test_metadata_that_is_missing_or_no_json(refused, content):
@@ -474,6 +515,21 @@ STRIDES = b"(K\x1bK\x01K\x09K\x03t"
 )
 def test_tensors_that_repeat_or_exceed_their_storage(refused, content, shape, strides, message):
     assert message in refused(with_pickle(content, SHAPE + STRIDES, shape + strides))
+
+
+@pytest.mark.parametrize("opcode", [b"r\xff\xff\xff\x0f", b"p268435455\n"], ids=["binary", "text"])
+def test_a_pickle_with_a_large_index_takes_no_memory(refused, content, opcode):
+    """Python's unpickler would allocate 4 GB for it."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pickled = b"\x80\x02]" + opcode + b"."
+    assert "an index that is too large" in refused(with_part(content, "constants.pkl", lambda _: pickled))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+def test_code_that_takes_for_ever_to_search_is_refused(refused, content):
+    old = "    input = torch.quantize_per_tensor(x, "
+    harm = "ops.quantized.conv2d(" * 40_000
+    assert "a line that is too long" in refused(with_code(content, old, f"    {harm}\n{old}"))
 
 
 def test_a_storage_is_read_for_one_tensor(refused, content):

@@ -2,6 +2,8 @@ import io
 import os
 import pickle
 import random
+import resource
+import warnings
 import zipfile
 from argparse import Namespace
 from dataclasses import replace
@@ -326,23 +328,54 @@ def in_itself() -> list:
     return metrics
 
 
+def laughs() -> list:
+    """A list of 100 lists of 100 lists …, which are all the same one: some hundred bytes, 10**14 values."""
+    value = [0] * 100
+    for _ in range(6):
+        value = [value] * 100
+    return value
+
+
+@pytest.mark.parametrize("key", ["format", "format_version", "kind"])
+@pytest.mark.parametrize(
+    "value", [laughs(), torch.tensor([1, 2]), "x" * 10**5], ids=["list", "tensor", "text"]
+)
+def test_what_says_what_a_file_is_has_a_type(refused, content, key, value):
+    refused({**content, key: value})
+
+
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("metrics", {"best": torch.float32}, "its metadata holds torch.float32"),
-        ("metrics", {"best": torch.zeros(1)}, "its metadata holds tensor"),
+        ("metrics", {"best": torch.float32}, "its metadata holds a dtype"),
+        ("metrics", {"best": torch.zeros(1)}, "its metadata holds a Tensor"),
         ("metrics", {"loss": float("nan")}, "its metadata holds nan"),
         ("metrics", {"loss": in_itself()}, "nested too deeply"),
+        ("metrics", {"loss": laughs()}, "too large"),
+        ("metrics", {"note": "x" * 10_001}, "a text of 10001 characters"),
+        ("metrics", {"seed": 2**64}, "its metadata holds a int"),
+        ("metrics", {1: 2}, "values by name"),
+        ("metrics", [["a", 1]], "values by name"),
         ("class_names", ["a", "b"], "names 2 classes for 3 outputs"),
         ("class_names", [1, 2, 3], "the class names are not texts"),
         ("image_size", 4096, "image_size 4096"),
         ("image_size", True, "image_size True"),
-        ("image_size", torch.tensor(32), "its metadata holds tensor"),
+        ("image_size", torch.tensor(32), "image_size a Tensor"),
         ("normalization", {"mean": [0.5] * 3, "std": [0.2, 0, 0.2]}, "three positive"),
-        ("normalization", {"mean": [0.5] * 3, "std": [torch.tensor(0.2)] * 3}, "its metadata holds tensor"),
+        ("normalization", {"mean": [0.5] * 3, "std": [0.2, -0.2, 0.2]}, "three positive"),
+        ("normalization", {"mean": [0.5] * 3, "std": [1e-300] * 3}, "three positive"),
+        ("normalization", {"mean": [1e300] * 3, "std": [0.2] * 3}, "three positive"),
+        ("normalization", {"mean": "0.5", "std": "0.2"}, "is not numbers"),
+        ("normalization", {}, "'mean'"),
+        ("class_names", [], "names 0 classes for 3 outputs"),
+        ("class_names", "abc", "the class names are not texts"),
+        ("normalization", {"mean": [0.5] * 3, "std": [torch.tensor(0.2)] * 3}, "its metadata holds a Tensor"),
         ("architecture", {"num_classes": 3, "dropout": torch.tensor(0.2)}, "the architecture has 'dropout'"),
         ("architecture", {"num_classes": 10**9}, "the architecture has 'num_classes'"),
         ("architecture", {"num_classes": 3, "width_mult": 1e9}, "the architecture has 'width_mult'"),
+        ("architecture", {"num_classes": laughs()}, "the architecture has 'num_classes' a list"),
+        ("architecture", {"num_classes": 3.0}, "the architecture has 'num_classes' 3.0"),
+        ("architecture", {"num_classes": 3, (1, 2): 1}, "the architecture has a tuple 1"),
         ("architecture", [3], "the architecture is a list"),
         ("architecture", {"width_mult": 1.0}, "the architecture has no num_classes"),
         ("state_dict", [1], "its state_dict is a list"),
@@ -350,6 +383,66 @@ def in_itself() -> list:
 )
 def test_metadata_of_the_wrong_type_or_size(refused, content, key, value, says):
     assert says in refused({**content, key: value})
+
+
+@pytest.mark.parametrize("classes", [0, 10**6, 2**50])
+def test_a_bare_state_dict_of_no_or_very_many_classes(refused, content, classes):
+    state = content["state_dict"]
+    state["classifier.1.weight"] = torch.zeros(1).expand(classes, 1280)
+    message = refused(state)
+    assert "is not a MobileNetV2: it has" in message or "larger than its memory" in message
+
+
+def long(number: int) -> bytes:
+    return b"\x8a\x08" + number.to_bytes(8, "little")
+
+
+def hex_of_hex(times: int) -> bytes:
+    """Each call of it doubles the text."""
+    text = b"X\x40\x00\x00\x00" + b"a" * 64 + b"X\x06\x00\x00\x00latin1\x86R"
+    return b"c_codecs\nencode\n" * (times + 1) + text + b"X\x03\x00\x00\x00hex\x86R" * times
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old format"])
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        b"cbuiltins\nbytearray\n" + long(10**9) + b"\x85R",
+        b"ctorch\nTensor\n" + long(10**9) + b"\x85R",
+        b"ctorch.storage\nUntypedStorage\n" + long(10**9) + b"\x85R",
+        hex_of_hex(25),
+    ],
+    ids=["bytearray", "tensor", "storage", "codec"],
+)
+def test_a_pickle_that_would_fill_the_memory(refused, tmp_path, bomb, zipped):
+    """torch.load knows what it names, and would call it."""
+    marker = {"format": "here"}
+    torch.save(marker, tmp_path / "whole.pth", _use_new_zipfile_serialization=zipped)
+    place = b"X\x04\x00\x00\x00here"
+    whole = (tmp_path / "whole.pth").read_bytes()
+    if zipped:
+        archive, packed = zipfile.ZipFile(io.BytesIO(whole)), io.BytesIO()
+        with zipfile.ZipFile(packed, "w") as target:
+            for name in archive.namelist():
+                target.writestr(name, archive.read(name).replace(place, bomb))
+        bombed = packed.getvalue()
+    else:
+        bombed = whole.replace(place, bomb)
+    assert bomb in bombed
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert "could run code" in refused(bombed)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+@pytest.mark.parametrize("second", ["data.pkl", "DATA.PKL"])
+def test_an_archive_with_two_members_of_one_name(refused, tiny_weights, second):
+    """torch could read another one than was checked."""
+    whole = io.BytesIO(tiny_weights.read_bytes())
+    with warnings.catch_warnings(), zipfile.ZipFile(whole, "a") as archive:
+        warnings.simplefilter("ignore")
+        (name,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        archive.writestr(name.replace("data.pkl", second), archive.read(name))
+    assert "damaged" in refused(whole.getvalue())
 
 
 def test_a_compressed_archive_is_not_unpacked(refused, tiny_weights):
@@ -381,7 +474,7 @@ def test_a_normalization_that_the_file_lacks_can_be_given(tmp_path, capsys):
 def test_a_sparse_tensor(refused, content):
     state = content["state_dict"]
     state["classifier.1.weight"] = state["classifier.1.weight"].to_sparse()
-    assert "classifier.1.weight is torch.float32 (torch.sparse_coo, cpu)" in refused(content)
+    assert "contains more than dense tensors" in refused(content)
 
 
 def test_tensors_that_share_memory_in_the_file_do_not_in_the_model(tmp_path, content):

@@ -105,6 +105,14 @@ def open_model(
             f"{path} is int8 or TorchScript, its output stride is fixed: leave --output_stride out"
         )
     source, metadata = read(path)
+    if isinstance(source, Int8Model):
+        tensors = [*source.weights.values(), *source.biases.values()]
+    else:
+        tensors = list(source.parameters())
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise UserError(f"{path} holds NaN or infinity: write or fetch it again")
+    if sum(tensor.numel() for tensor in tensors) != metadata.parameters:
+        raise UserError(f"{path} is damaged (not {metadata.parameters} parameters): write or fetch it again")
     supported = eager.supported_engines()
     if metadata.engine not in (None, *supported):
         raise UserError(

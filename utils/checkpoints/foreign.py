@@ -1,5 +1,6 @@
 """Weights from elsewhere: torchvision's ImageNet weights, and state_dicts in other people's checkpoints."""
 
+import math
 import re
 import sys
 import urllib.error
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from models import MobileNetV2
 from models.mobilenetv2 import STEM_CHANNELS, round_channels
+from utils.checkpoints.metadata import MOST_CLASSES
 from utils.common.errors import UserError, one_line
 from utils.common.optional_packages import import_optional
 
@@ -81,6 +83,10 @@ def unwrap(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
         notes.append(f"took {wrapper!r}" + (" (averaged weights)" if "ema" in wrapper else ""))
         state = state[wrapper]
     tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    for name, value in tensors.items():
+        stored = value.untyped_storage().nbytes() if value.layout == torch.strided else math.inf
+        if value.device.type == "cpu" and stored < value.numel() * value.element_size():
+            raise UserError(f"{path} is refused: {name:.80} is larger than its memory in the file")
     stem = next(filter(STEM.search, tensors), None)
     if stem is None:
         raise UserError(f"{path} is not a MobileNetV2 of torchvision's form: {_describe(content, tensors)}")
@@ -134,6 +140,8 @@ def architecture_of(path: Path, state: dict[str, Tensor]) -> dict[str, Any]:
     head, stem = state.get("classifier.1.weight"), state.get("features.0.0.weight")
     if not (isinstance(head, Tensor) and isinstance(stem, Tensor) and head.ndim == 2 and stem.ndim == 4):
         raise UserError(f"{path} is not a MobileNetV2: it lacks classifier.1.weight or features.0.0.weight")
+    if not 1 <= head.shape[0] <= MOST_CLASSES:
+        raise UserError(f"{path} is not a MobileNetV2: it has {head.shape[0]} classes")
     # Channels are rounded to multiples of 8, so several widths give the same shapes: the usual ones first.
     for width_mult in (*COMMON_WIDTHS, *(w / 20 for w in range(1, 201)), *(w / 100 for w in range(1, 1001))):
         if round_channels(STEM_CHANNELS * width_mult) != stem.shape[0]:

@@ -12,8 +12,9 @@ FORMAT = "mobilenetv2-torchscript"
 FORMAT_VERSION = 1
 LARGEST_IMAGE_SIZE = 1024
 MOST_CLASSES = 100_000
-DEEPEST = 8
-"""Levels of lists and dictionaries in plain values."""
+DEEPEST, MOST_VALUES, LONGEST_TEXT = 8, 100_000, 10_000
+"""Levels of lists and dictionaries in plain values, all values in them, and characters of each text."""
+LARGEST_INTEGER = 2**63
 VARIANTS = ("float", "ptq_per_tensor", "ptq_per_channel", "qat")
 
 
@@ -73,6 +74,12 @@ class Metadata:
         if content["variant"] not in VARIANTS:
             raise ValueError(f"it has the unknown variant {content['variant']!r}")
         check_plain(content)
+        check_metrics(content["metrics"])
+        check_metrics(content["versions"])
+        if not isinstance(content["engine"], str | None) or (content["engine"] is None) != (
+            content["variant"] == "float"
+        ):
+            raise ValueError(f"it has the engine {shown(content['engine'])} for {content['variant']}")
         check_architecture(content["architecture"])
         content["normalization"] = parse_normalization(content["normalization"])
         content["class_names"] = parse_class_names(
@@ -82,6 +89,8 @@ class Metadata:
         for name in ("parameters", "macs", "nonzeros", "dense_size_mb", "nonzero_size_mb"):
             if not _is_number(content[name]) or content[name] < (name in ("parameters", "macs")):
                 raise ValueError(f"{name} is {content[name]!r}")
+        if content["nonzeros"] > content["parameters"]:
+            raise ValueError(f"{content['nonzeros']} of {content['parameters']} parameters are not zero")
         return cls(**content)
 
 
@@ -89,12 +98,12 @@ def parse_normalization(content: dict[str, Any]) -> Normalization:
     """Return the normalization stored in a file.
 
     Raises:
-        ValueError, KeyError, TypeError: it is not three finite means and three positive deviations.
+        ValueError, KeyError, TypeError: it is not three means and three positive deviations.
     """
     check_plain(content)
-    mean, std = (tuple(map(float, content[name])) for name in ("mean", "std"))
-    if not (len(mean) == len(std) == 3 and all(map(math.isfinite, mean + std)) and min(std) > 0):
-        raise ValueError(f"the normalization {content} is not three means and three positive deviations")
+    mean, std = (tuple(content[name]) for name in ("mean", "std"))
+    if not all(map(_is_number, mean + std)):
+        raise ValueError(f"the normalization {content} is not numbers")
     return Normalization(mean, std)
 
 
@@ -105,7 +114,7 @@ def check_image_size(image_size: int) -> None:
         ValueError: it is out of range.
     """
     if not (type(image_size) is int and 1 <= image_size <= LARGEST_IMAGE_SIZE):
-        raise ValueError(f"image_size {image_size!r:.40} is not between 1 and {LARGEST_IMAGE_SIZE}")
+        raise ValueError(f"image_size {shown(image_size)} is not between 1 and {LARGEST_IMAGE_SIZE}")
 
 
 def check_architecture(architecture: Any) -> None:
@@ -117,15 +126,15 @@ def check_architecture(architecture: Any) -> None:
     if not isinstance(architecture, dict):
         raise ValueError(f"the architecture is a {type(architecture).__name__}")
     bounds = {
-        "num_classes": (1, MOST_CLASSES),
-        "width_mult": (0.01, 10),
-        "dropout": (0, 1),
-        "output_stride": (8, 32),
+        "num_classes": (int, 1, MOST_CLASSES),
+        "width_mult": (float, 0.01, 10),
+        "dropout": (float, 0, 1),
+        "output_stride": (int, 8, 32),
     }
     for name, value in architecture.items():
-        low, high = bounds.get(name, (0, -1))
-        if not (_is_number(value) and low <= value <= high):
-            raise ValueError(f"the architecture has {name!r:.40} {value!r:.40}")
+        kind, low, high = bounds.get(name, (int, 0, -1)) if isinstance(name, str) else (int, 0, -1)
+        if type(value) not in (int, kind) or not low <= value <= high:
+            raise ValueError(f"the architecture has {shown(name)} {shown(value)}")
     if "num_classes" not in architecture:
         raise ValueError("the architecture has no num_classes")
 
@@ -143,22 +152,49 @@ def parse_class_names(names: Any, num_classes: int) -> tuple[str, ...]:
     return tuple(names)
 
 
-def check_plain(value: Any, depth: int = DEEPEST) -> None:
+def check_metrics(metrics: Any) -> None:
+    """Check that a file stores plain values by name.
+
+    Raises:
+        ValueError: it does not, or too many of them.
+    """
+    if not (isinstance(metrics, dict) and all(isinstance(name, str) for name in metrics)):
+        raise ValueError(f"its metrics or versions are not values by name but {shown(metrics)}")
+    check_plain(metrics)
+
+
+def check_plain(value: Any) -> None:
     """Check that a value consists of numbers, texts, lists and dictionaries, as JSON does.
 
     Raises:
-        ValueError: it does not, or it is nested too deeply (perhaps in itself).
+        ValueError: it does not, it is too large, or it is nested too deeply (perhaps in itself).
     """
-    if depth == 0:
-        raise ValueError("its metadata is nested too deeply")
-    if isinstance(value, dict):
-        check_plain([*value.keys(), *value.values()], depth)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            check_plain(item, depth - 1)
-    elif not (value is None or isinstance(value, str | bool | int) or _is_number(value)):
-        raise ValueError(f"its metadata holds {value!r:.40}")
+    unchecked, count = [(value, DEEPEST)], 0
+    while unchecked:
+        value, depth = unchecked.pop()
+        # Counted, since a list that holds another one many times is as large as its copies would be.
+        count += 1
+        if depth == 0 or count > MOST_VALUES:
+            raise ValueError("its metadata is too large or nested too deeply")
+        if isinstance(value, dict):
+            value = [*value.keys(), *value.values()]
+        if isinstance(value, list | tuple):
+            unchecked += ((item, depth - 1) for item in value[: MOST_VALUES + 1])
+        elif isinstance(value, str):
+            if len(value) > LONGEST_TEXT:
+                raise ValueError(f"its metadata holds a text of {len(value)} characters")
+        elif not (value is None or isinstance(value, bool) or _is_number(value)):
+            raise ValueError(f"its metadata holds {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """Return a value of a file for a message: itself if it is short and plain, else its type."""
+    if value is None or isinstance(value, str | bool | float) or _is_number(value):
+        return f"{value!r:.80}"
+    return f"a {type(value).__name__}"
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    if type(value) is float:
+        return math.isfinite(value)
+    return type(value) is int and abs(value) <= LARGEST_INTEGER

@@ -1,8 +1,7 @@
 """The format of weights files, written and read with checks."""
 
+import io
 import os
-import pickle
-import re
 import sys
 import warnings
 import zipfile
@@ -20,10 +19,12 @@ from utils.checkpoints.foreign import architecture_of, unwrap
 from utils.checkpoints.metadata import (
     check_architecture,
     check_image_size,
-    check_plain,
+    check_metrics,
     parse_class_names,
     parse_normalization,
+    shown,
 )
+from utils.checkpoints.pickles import NAMES_OF_TENSORS, NotPlainError, check_pickle
 from utils.common.errors import UserError, one_line
 from utils.common.files import atomic_write
 from utils.common.runtime import plain, versions
@@ -39,8 +40,8 @@ DESCRIPTIONS = {
 }
 MOBILENETV2_KINDS = ("float", "qmodel")
 ALL_KINDS = tuple(MODEL_CLASSES)
-# How torch.load reports a class or a function that it refuses to load.
-NOT_PLAIN = re.compile("GLOBAL|allowlisted")
+PICKLES_OF_OLD_FORMAT = 5
+"""A magic number, the version, the system, the content, and the names of the storages."""
 
 
 @dataclass
@@ -114,35 +115,36 @@ def weights_from_content(
     """
     kinds = (kinds,) if isinstance(kinds, str) else kinds
     wanted = " or ".join(DESCRIPTIONS[kind] for kind in kinds)
-    if "format" in content and content["format"] != FORMAT:
+    is_bare = "format" not in content
+    if not is_bare and (not isinstance(content["format"], str) or content["format"] != FORMAT):
         raise UserError(
-            f"{path} has the format {content['format']!r}, not that of weights: to get weights from the "
+            f"{path} has the format {shown(content['format'])}, not that of weights: to get weights from the "
             "checkpoint of an unfinished run, resume the run and let it finish"
         )
-    if "format" not in content:
+    if is_bare:
         state = unwrap(path, content)
-        architecture = architecture_of(path, state)
-        if output_stride is None:
-            print(
-                f"note: {path} is a bare state_dict, which does not say its output stride: "
-                f"{architecture['output_stride']} is assumed (--output_stride)",
-                file=sys.stderr,
-            )
-        content = {"kind": "float", "architecture": architecture, "state_dict": state}
+        content = {"kind": "float", "architecture": architecture_of(path, state), "state_dict": state}
         content["format_version"] = FORMAT_VERSION
         if kinds == ("qmodel",):
             raise UserError(f"{path} is a bare state_dict, {wanted} is wanted here: convert it first")
-    if content.get("format_version") != FORMAT_VERSION:
+    version, found = content.get("format_version"), content.get("kind")
+    if type(version) is not int or version != FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {content.get('format_version')!r}, this program reads "
+            f"{path} has format version {shown(version)}, this program reads "
             f"{FORMAT_VERSION}: use the release that wrote it"
         )
-    found = str(content.get("kind"))
-    if found not in DESCRIPTIONS:
-        raise UserError(f"{path} is of the unknown kind {found!r}: use the release that wrote it")
+    if not isinstance(found, str) or found not in DESCRIPTIONS:
+        raise UserError(f"{path} is of the unknown kind {shown(found)}: use the release that wrote it")
     if found not in kinds:
         raise UserError(f"{path} is {DESCRIPTIONS[found]}, {wanted} is wanted here")
-    return _rebuild(path, content, output_stride)
+    weights = _rebuild(path, content, output_stride)
+    if is_bare and output_stride is None:
+        print(
+            f"note: {path} is a bare state_dict, which does not say its output stride: "
+            f"{weights.model.architecture['output_stride']} is assumed (--output_stride)",
+            file=sys.stderr,
+        )
+    return weights
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
@@ -151,19 +153,20 @@ def read_pickle(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is a TorchScript file: weights (.pth) are wanted here")
     if path.suffix == ".onnx":
         raise UserError(f"{path} is an ONNX file: give the weights (.pth) that it was made from")
-    if _is_compressed(path):
-        raise UserError(f"{path} is a compressed archive, which torch.save does not write: save it again")
     try:
+        _check_before_loading(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except NotPlainError as error:
+        raise UserError(
+            f"{path} contains more than dense tensors and plain values and is not opened, because it "
+            "could run code: save its state_dict instead"
+        ) from error
     except Exception as error:
         # torch.load raises whatever the broken part raises: zip, pickle, unicode, key errors.
-        if isinstance(error, pickle.UnpicklingError) and NOT_PLAIN.search(str(error)):
-            raise UserError(
-                f"{path} contains more than tensors and plain values and is not opened, because it "
-                "could run code: save its state_dict instead"
-            ) from error
         raise UserError(
             f"{path} is truncated, damaged or not a weights file: write or download it again"
         ) from error
@@ -175,13 +178,29 @@ def read_pickle(path: Path) -> dict[str, Any]:
     return content
 
 
-def _is_compressed(path: Path) -> bool:
-    """Return whether an archive unpacks to more than its size."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return sum(member.file_size for member in archive.infolist()) > path.stat().st_size
-    except Exception:  # not an archive, or a damaged one, which torch.load reports
-        return False
+def _check_before_loading(path: Path) -> None:
+    """Check what torch.load would unpack and unpickle.
+
+    Raises:
+        UserError: the file is a compressed archive.
+        NotPlainError: it names other classes or functions than those of dense tensors.
+        ValueError, ...: it is damaged.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            file.seek(0)
+            for _ in range(PICKLES_OF_OLD_FORMAT):
+                check_pickle(file, NAMES_OF_TENSORS)
+            return
+    with zipfile.ZipFile(path) as archive:
+        if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+            raise UserError(f"{path} is a compressed archive, which torch.save does not write: save it again")
+        names = archive.namelist()
+        # torch ignores case. With two members of one name, it could read the other one.
+        if len({name.lower() for name in names}) < len(names):
+            raise ValueError("two members have the same name")
+        (name,) = [name for name in names if name.endswith("/data.pkl")]
+        check_pickle(io.BytesIO(archive.read(name)), NAMES_OF_TENSORS)
 
 
 def _is_damaged(path: Path) -> bool:
@@ -220,7 +239,7 @@ def check_classes(
         pairs = zip(class_names, data.class_names, strict=True)
         label, (ours, theirs) = next((i, p) for i, p in enumerate(pairs) if p[0] != p[1])
         raise UserError(
-            f"{path} has {ours!r} as class {label}, the images have {theirs!r}: "
+            f"{path} has {ours!r:.80} as class {label}, the images have {theirs!r:.80}: "
             "give the data set that it was trained on"
         )
 
@@ -268,7 +287,7 @@ def complete(path: str | os.PathLike, weights: Weights, data: ImageData) -> Comp
 def _rebuild(path: Path, content: dict[str, Any], output_stride: int | None) -> Weights:
     try:
         check_architecture(content["architecture"])
-        check_plain([content.get("image_size"), content.get("metrics")])
+        check_metrics(content.get("metrics", {}))
         architecture = dict(content["architecture"])
         if output_stride is not None:
             architecture["output_stride"] = output_stride
@@ -282,10 +301,10 @@ def _rebuild(path: Path, content: dict[str, Any], output_stride: int | None) -> 
         weights = Weights(
             model=model.eval(),
             kind=content["kind"],
-            class_names=parse_class_names(names, architecture["num_classes"]) if names else None,
-            normalization=parse_normalization(normalization) if normalization else None,
+            class_names=None if names is None else parse_class_names(names, architecture["num_classes"]),
+            normalization=None if normalization is None else parse_normalization(normalization),
             image_size=content.get("image_size", DEFAULT_IMAGE_SIZE),
-            metrics=dict(content.get("metrics", {})),
+            metrics=content.get("metrics", {}),
         )
         check_image_size(weights.image_size)
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
@@ -308,7 +327,7 @@ def _checked_state(state: Any, expected: dict[str, Tensor]) -> dict[str, Tensor]
     if not isinstance(state, dict):
         raise ValueError(f"its state_dict is a {type(state).__name__}")
     for name in state.keys() ^ expected.keys():
-        raise ValueError(f"{name!r:.80} is {'unknown' if name in state else 'missing'}")
+        raise ValueError(f"{shown(name)} is {'unknown' if name in state else 'missing'}")
     for name, wanted in expected.items():
         found = state[name]
         if not isinstance(found, Tensor):
@@ -319,7 +338,7 @@ def _checked_state(state: Any, expected: dict[str, Tensor]) -> dict[str, Tensor]
             raise ValueError(f"{name} has the shape {list(found.shape)}, not {list(wanted.shape)}")
         if found.untyped_storage().nbytes() < found.numel() * found.element_size():
             raise ValueError(f"{name} is larger than its memory in the file")
-    return {name: value.clone() for name, value in state.items()}
+    return {name: value.detach().clone() for name, value in state.items()}
 
 
 def add_output_stride_argument(parser: ArgumentParser) -> None:

@@ -47,6 +47,19 @@ class Normalization:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ValueError: they are not three means and three positive deviations, or so large or small that
+                normalized pixels are not finite.
+        """
+        fits = len(self.mean) == len(self.std) == 3 and all(abs(mean) <= 1e6 for mean in self.mean)
+        if not (fits and all(1e-6 <= std <= 1e6 for std in self.std)):
+            raise ValueError(
+                f"the normalization {self.mean}, {self.std} is not three means and three positive deviations"
+            )
+
 
 @dataclass(frozen=True)
 class ImageData:
@@ -112,9 +125,10 @@ def given_normalization(args: Namespace) -> Normalization | None:
     given = getattr(args, "normalization", None)
     if given is None:
         return None
-    if min(given[3:]) <= 0:
-        raise UserError("--normalization takes three means and three standard deviations above 0")
-    return Normalization(tuple(given[:3]), tuple(given[3:]))
+    try:
+        return Normalization(tuple(given[:3]), tuple(given[3:]))
+    except ValueError as error:
+        raise UserError("--normalization takes three means and three standard deviations above 0") from error
 
 
 def notes_on_size(data: ImageData, batch_size: int) -> list[str]:

@@ -7,6 +7,7 @@ torch.jit (utils/deployment/torchscript_reader.py).
 import io
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable
 
@@ -21,6 +22,8 @@ from utils.quantization.int8_model import Int8Model
 Scripted = torch.jit.ScriptModule
 
 METADATA_FILE = "metadata.json"
+TRACE_NUMBER = re.compile(r"(?<=___torch_mangle_)\d+")
+"""In the name of the model's class: torch counts what a process has traced."""
 
 
 def to_torchscript(model: nn.Module | Int8Model, image_size: int) -> torch.jit.ScriptModule:
@@ -46,19 +49,19 @@ def to_torchscript(model: nn.Module | Int8Model, image_size: int) -> torch.jit.S
 
 
 def pack_torchscript(scripted: torch.jit.ScriptModule, metadata: Metadata) -> bytes:
-    """Return the content of a file.
-
-    The first models that two processes trace give bytes that differ only in `.data/serialization_id`; later
-    ones also in the names of their classes, which torch numbers.
-    """
+    """Return the content of a file: with the same torch, equal models and metadata give equal bytes."""
     written, packed = io.BytesIO(), io.BytesIO()
     with quietly():
         torch.jit.save(scripted, written, _extra_files={METADATA_FILE: json.dumps(metadata.to_dict())})
     with zipfile.ZipFile(written) as source, zipfile.ZipFile(packed, "w") as target:
         for name in source.namelist():
-            # These hold source locations, with paths of this machine.
-            if not name.endswith(".debug_pkl"):
-                target.writestr(zipfile.ZipInfo(name), source.read(name))
+            # The first hold source locations, with paths of this machine; the other is a checksum of them.
+            if name.endswith((".debug_pkl", "/serialization_id")):
+                continue
+            content = source.read(name)
+            if name.endswith((".py", "/data.pkl")):
+                content = TRACE_NUMBER.sub("0", content.decode("latin1")).encode("latin1")
+            target.writestr(zipfile.ZipInfo(TRACE_NUMBER.sub("0", name)), content)
     return packed.getvalue()
 
 

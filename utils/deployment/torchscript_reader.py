@@ -4,6 +4,7 @@
 expressions read the qparams from the text of the graph; utils/open_model.py rebuilds the model from them.
 """
 
+import io
 import json
 import os
 import pickle
@@ -19,6 +20,7 @@ from torch import Tensor
 from models import MobileNetV2
 from models.folding import fold_batch_norms
 from utils.checkpoints.metadata import Metadata
+from utils.checkpoints.pickles import check_pickle
 from utils.checkpoints.weights import is_torchscript
 from utils.common.errors import UserError, one_line
 from utils.common.files import check_input
@@ -27,6 +29,8 @@ from utils.quantization.int8_model import Int8Model, QParams, activation_names, 
 
 LARGEST_TEXT = 2**20
 """Bytes of any part but the tensors: metadata, code, pickle."""
+LONGEST_LINE = 200
+"""Characters of a line of code: the expressions below take the square of them."""
 STORAGES = {
     "FloatStorage": np.float32,
     "DoubleStorage": np.float64,
@@ -97,6 +101,8 @@ def _read_metadata(path: Path, archive: zipfile.ZipFile) -> Metadata:
 def _read_code(archive: zipfile.ZipFile) -> str:
     (name,) = [name for name in archive.namelist() if re.search(r"/code/__torch__/models/.*\.py$", name)]
     code = archive.read(name).decode()
+    if any(len(line) > LONGEST_LINE for line in code.split("\n")):
+        raise ValueError("its code has a line that is too long")
     for call in re.findall(r"\b(?:torch|ops)\.([\w.]+)\(", code):
         if not KNOWN_CALLS.fullmatch(call):
             raise ValueError(f"it calls {call}")
@@ -214,5 +220,6 @@ class _Unpickler(pickle.Unpickler):
 
 def _read_constants(archive: zipfile.ZipFile) -> list[Any]:
     (name,) = [name for name in archive.namelist() if name.endswith("/constants.pkl")]
-    with archive.open(name) as file:
-        return list(_Unpickler(file, archive, name.rpartition("/")[0]).load())
+    content = archive.read(name)
+    check_pickle(io.BytesIO(content))
+    return list(_Unpickler(io.BytesIO(content), archive, name.rpartition("/")[0]).load())

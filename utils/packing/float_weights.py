@@ -114,6 +114,8 @@ def read_weights(path: str | os.PathLike) -> dict[str, Any]:
         header = file.header
         if header["dtype"] == "int8":
             raise UserError(f"{path} is a packed int8 model: weights (.pth, or packed float) are wanted here")
+        if header["dtype"] not in TYPES:
+            raise ValueError("its type is unknown")
         _, arrays = read_tensors(file)
         state = {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items()}
         norms = [name.removesuffix("running_var") for name in state if name.endswith("running_var")]

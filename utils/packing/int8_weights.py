@@ -122,6 +122,8 @@ def read_int8(path: str | os.PathLike) -> tuple[Int8Model, Metadata]:
         _, arrays = read_tensors(file)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         metadata = Metadata.from_dict(file.header["metadata"])
+        if metadata.engine is None:
+            raise ValueError("it names no engine")
         ranges = zip(tensors[OUTPUT_SCALES].tolist(), map(int, file.header["zero_points"]), strict=True)
         names, layers = activation_names(metadata.architecture), layer_shapes(metadata.architecture)
         scales = {name: tensors[f"{name}.weight_scale"] for name in layers}

@@ -176,21 +176,21 @@ def load_progress(config: RunConfig, objects: dict[str, Stateful]) -> Progress:
     content = read_pickle(path)
     if content.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is not a checkpoint of an interrupted run: start again without --resume")
-    then, now = content["arguments"], config.flags
-    # Flags that are newer than the checkpoint are not compared.
-    for name in sorted(then.keys() - FREE_TO_CHANGE):
-        if then.get(name) != now.get(name):
-            raise UserError(
-                f"{path} was made with --{name} {then.get(name)}, not {now.get(name)}: "
-                "give the same arguments, or start again with --force"
-            )
-    for name, fingerprint in content.get("inputs", {}).items():
-        if config.inputs.get(name) != fingerprint:
-            raise UserError(
-                f"{path} was made with other {name} (their content differs): "
-                "give the same, or start again with --force"
-            )
     try:
+        then, now = content["arguments"], config.flags
+        # Flags that are newer than the checkpoint are not compared.
+        for name in sorted(then.keys() - FREE_TO_CHANGE):
+            if then.get(name) != now.get(name):
+                raise UserError(
+                    f"{path} was made with --{name} {then.get(name)}, not {now.get(name)}: "
+                    "give the same arguments, or start again with --force"
+                )
+        for name, fingerprint in content.get("inputs", {}).items():
+            if config.inputs.get(name) != fingerprint:
+                raise UserError(
+                    f"{path} was made with other {name} (their content differs): "
+                    "give the same, or start again with --force"
+                )
         for name, value in objects.items():
             value.load_state_dict(content["state"][name])
         saved = content["progress"]
@@ -198,7 +198,7 @@ def load_progress(config: RunConfig, objects: dict[str, Stateful]) -> Progress:
         if not is_finite(progress.best_state):
             raise ValueError("the best weights are not finite")
         return progress
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"{path} does not fit this run: start again without --resume, with --force"
         ) from error
