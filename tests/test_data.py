@@ -351,13 +351,13 @@ def a_class_renamed(folder):
 )
 def test_the_cache_notices_files_that_were(folder, change, expected, labels, capsys):
     image_folder.load(folder, 8)
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr() == ("", "")
     time.sleep(0.02)  # the clock of a file system may tick every few milliseconds only
     change(folder)
     (images, found), _, _ = image_folder.load(folder, 8)
     assert reds(images) == expected
     assert found.tolist() == labels
-    assert capsys.readouterr().err == made_again(folder)
+    assert capsys.readouterr() == (made_again(folder), "")
 
 
 def made_again(folder):
@@ -379,7 +379,7 @@ def test_a_truncated_cache_is_made_again(folder, decoded, keep, capsys):
     assert len(decoded) == 16
     image_folder.load(folder, 8)
     assert len(decoded) == 16
-    assert capsys.readouterr().err == made_again(folder)
+    assert capsys.readouterr() == (made_again(folder), "")
 
 
 def test_truncating_the_cache_of_a_run_changes_nothing_there(folder):
@@ -407,7 +407,7 @@ def test_a_flipped_bit_in_the_cache_is_noticed(folder, decoded, place, capsys):
     assert len(decoded) == 16
     assert torch.equal(first[0][0], second[0][0])
     assert torch.equal(first[1][0], second[1][0])
-    assert capsys.readouterr().err == made_again(folder)
+    assert capsys.readouterr() == (made_again(folder), "")
 
 
 def test_a_cache_whose_images_were_swapped_is_made_again(folder, decoded):
@@ -563,7 +563,7 @@ def test_names_of_any_bytes_are_read_and_cached(tmp_path, decoded, capfd):
         assert reds(images) == labels.tolist() == [0, 1, 2]
         os.truncate(cache_of(tmp_path / "\x1b[2J"), size)
     assert len(decoded) == 18
-    printed = capfd.readouterr().err
+    printed = capfd.readouterr().out
     assert printed.count("\n") == printed.count("\\x1b[2J") == 2
     assert "\x1b" not in printed
 
@@ -597,7 +597,7 @@ def test_one_class_is_commented_on_and_three_images_are_read(tmp_path, capsys):
     write_image(tmp_path / "test/cat/0.png", plain(9))
     data = load_data(arguments("folder", tmp_path, image_size=8))
     assert [len(data.train), len(data.val), len(data.test)] == [3, 0, 1]
-    assert capsys.readouterr().err == "note: there is one class: every model is right about every image\n"
+    assert capsys.readouterr().out == "note: there is one class: every model is right about every image\n"
     assert [note.split(":")[0] for note in notes_on_size(data, 8)] == [
         "there are no val images",
         "one of 1 test images is 100.0 points",

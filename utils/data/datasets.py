@@ -1,6 +1,5 @@
 """The three data sets; each split is held in memory as one uint8 tensor."""
 
-import sys
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.common.distributed import is_main, main_first
+from utils.common.distributed import main_first
 from utils.common.errors import UserError
 from utils.data import cifar10, image_folder, synthetic
 from utils.data.image_folder import LabelledImages
@@ -98,8 +97,8 @@ def load_data(args: Namespace, image_size: int | None = None) -> ImageData:
     side = args.image_size or image_size or DEFAULT_IMAGE_SIZE
     with main_first():
         train, test, class_names = _load_source(args.dataset, Path(args.data_dir), side)
-    if len(class_names) == 1 and is_main():
-        print("note: there is one class: every model is right about every image", file=sys.stderr)
+    if len(class_names) == 1:
+        print("note: there is one class: every model is right about every image", flush=True)
     train_split, test_split = _as_split(*train), _as_split(*test)
     val_size = args.val_size
     if val_size is None:

@@ -144,7 +144,8 @@ def _read_cache(cache: Path, signature: str, images: dict[str, np.ndarray]) -> b
         return False
     if is_whole and header == _header(signature, images):
         return True
-    _note(f"{cache} is damaged or of other images: they are decoded again")
+    name = printable(str(cache))
+    print(f"note: {name} is damaged or of other images: they are decoded again", flush=True)
     return False
 
 
@@ -159,12 +160,8 @@ def _write_cache(cache: Path, signature: str, images: dict[str, np.ndarray]) -> 
             for part in images.values():
                 file.write(part.reshape(-1).data)
     except UserError as error:
-        _note(f"the decoded images are not cached: {error}")
-
-
-def _note(text: str) -> None:
-    if is_main():
-        print(f"note: {one_line(text)}", file=sys.stderr)
+        if is_main():
+            print(f"note: the decoded images are not cached: {one_line(error)}", file=sys.stderr)
 
 
 def _header(signature: str, images: dict[str, np.ndarray]) -> bytes:
