@@ -95,10 +95,15 @@ def predict(file: ModelFile, pixels: Tensor, class_names: Sequence[str], top_k: 
     Args:
         file: with a normalization.
         pixels: (B, 3, H, W) uint8, of the model's image size.
+
+    Raises:
+        UserError: a logit is not finite.
     """
     assert file.metadata.normalization is not None
     device = next((p.device for p in file.model.parameters()), torch.device("cpu"))
     logits = file.model(normalize(pixels, file.metadata.normalization).to(device))
+    if not logits.isfinite().all():
+        raise UserError(f"{file.path} answers with NaN or infinity: its weights or normalization are damaged")
     probabilities, classes = (100 * logits.softmax(1)).topk(min(top_k, logits.shape[1]))
     return [
         [(class_names[label], percent) for label, percent in zip(*row, strict=True)]

@@ -115,3 +115,15 @@ def tiny_scripted(run_script, tiny_folder, tiny_qmodel, tmp_path_factory) -> Pat
         *("--record", folder / "record.json"),
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def overflowing_weights(tiny_weights, tmp_path_factory) -> Path:
+    """Weights that are finite, but whose answers are not."""
+    path = tmp_path_factory.mktemp("overflowing") / "overflowing.pth"
+    content = torch.load(tiny_weights, weights_only=True)
+    for name, value in content["state_dict"].items():
+        if name.endswith("weight"):
+            value *= 1e30
+    torch.save(content, path)
+    return path

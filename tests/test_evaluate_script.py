@@ -234,3 +234,10 @@ def test_bad_input(evaluate, tiny_weights, tiny_folder, tmp_path):
     assert "the val split holds no images" in refused(
         "--weights", tiny_weights, "--split", "val", "--val_size", 0
     )
+
+
+def test_answers_that_are_not_finite_are_not_recorded(evaluate, overflowing_weights, tmp_path):
+    record = tmp_path / "record.json"
+    done = evaluate("--weights", overflowing_weights, "--record", record, expect=2)
+    assert "answers with NaN" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -108,3 +108,10 @@ def test_a_bare_state_dict_needs_its_normalization(predict, tiny_folder, tmp_pat
     assert "give --normalization" in predict(*flags, weights=bare, expect=2).stderr
     given = ("--normalization", 0.5, 0.5, 0.5, 0.25, 0.25, 0.25)
     assert "class 0 " in predict(*flags, *given, weights=bare).stdout
+
+
+def test_answers_that_are_not_finite_are_refused(predict, overflowing_weights, tiny_folder, tmp_path):
+    csv_file = tmp_path / "out.csv"
+    done = predict(tiny_folder / "test", "--csv", csv_file, weights=overflowing_weights, expect=2)
+    assert "answers with NaN" in done.stderr
+    assert not csv_file.exists()

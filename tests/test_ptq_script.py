@@ -285,3 +285,9 @@ def test_bits_that_there_are_not(quantize, value):
 @pytest.mark.parametrize("flag", ["--batch_size", "--num_eval_batches", "--num_calibration_batches"])
 def test_numbers_below_one(quantize, flag):
     assert flag in refused(quantize, flag, 0)
+
+
+def test_answers_that_are_not_finite_are_refused(quantize, overflowing_weights, tmp_path):
+    done = quantize("--weights", overflowing_weights, "--output_dir", tmp_path, expect=2)
+    assert "answers with NaN" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -8,6 +8,11 @@ from torch import Tensor, nn
 
 from utils.common.devices import device_of, on_device
 from utils.common.distributed import all_reduce_sum
+from utils.common.errors import UserError
+
+
+class NotFiniteError(UserError):
+    """A model answers with NaN or infinity, which no file may record."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,9 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], sharded
         batches: of images and labels (B,).
         sharded: each process of a distributed run holds one shard of each batch, so sum the counts over
             all processes. Every process must make this call.
+
+    Raises:
+        NotFiniteError: the loss is not a finite number.
     """
     was_training = model.training
     model.eval()
@@ -54,6 +62,10 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], sharded
     if sharded:
         for counted in (loss, correct_by_class, total_by_class):
             all_reduce_sum(counted)
+    if not loss.isfinite():
+        raise NotFiniteError(
+            f"the model answers with NaN or infinity (loss {loss:g}): its weights or normalization are damaged"
+        )
     total = int(total_by_class.sum())
     return Evaluation(
         correct=int(correct_by_class.sum()),

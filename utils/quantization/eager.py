@@ -68,6 +68,9 @@ def calibrate(model: MobileNetV2Quantization, batches: Iterable[tuple[Tensor, Te
     Args:
         model: not fused; it is not changed.
         batches: batches of training images, preprocessed as for inference; at least one.
+
+    Raises:
+        UserError: an activation is not finite.
     """
     observed: Any = fold_batch_norms(without_constant_channels(model))
     with quietly():
@@ -77,7 +80,14 @@ def calibrate(model: MobileNetV2Quantization, batches: Iterable[tuple[Tensor, Te
         eager.prepare(observed, inplace=True)
     with torch.no_grad():
         for images, _ in batches:
-            observed(images)
+            try:
+                observed(images)
+            except RuntimeError as error:  # from the observers' histograms
+                if "not finite" not in str(error):
+                    raise
+                raise UserError(
+                    "the model answers with NaN or infinity: its weights or normalization are damaged"
+                ) from error
     return observed
 
 

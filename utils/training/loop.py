@@ -16,7 +16,7 @@ from utils.common.devices import device_of, on_device
 from utils.common.errors import UserError
 from utils.data.datasets import ImageData, Normalization
 from utils.data.loader import Loader
-from utils.evaluation import evaluate
+from utils.evaluation import NotFiniteError, evaluate
 from utils.training.checkpoint import (
     Epoch,
     Progress,
@@ -201,7 +201,7 @@ def fit(run: Run) -> Progress:
             progress.history.append(epoch)
             print(epoch, flush=True)
             save_progress(run.config, run.stateful(), progress)
-    except DivergedError as error:
+    except (DivergedError, NotFiniteError) as error:
         # With the same flags it would diverge again, and a resumed run cannot change them.
         if distributed.is_main():
             run.config.checkpoint.unlink(missing_ok=True)
