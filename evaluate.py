@@ -4,7 +4,6 @@ Prints accuracy, accuracy by class and loss on a split, and what the model holds
 """
 
 import argparse
-import math
 import sys
 from typing import Any
 
@@ -13,7 +12,6 @@ from tqdm import tqdm
 from utils.checkpoints.weights import ALL_KINDS, add_output_stride_argument
 from utils.common import cli, errors, runtime
 from utils.common.devices import add_device_argument
-from utils.common.errors import UserError
 from utils.common.files import file_size_mb
 from utils.common.tables import format_table
 from utils.data.datasets import load_data
@@ -111,8 +109,6 @@ def main(args: argparse.Namespace) -> None:
     )
     file.use_engine()
     evaluation = evaluate(file.model.to(device), batches)
-    if not math.isfinite(evaluation.loss):
-        raise UserError(f"{file.path} computes NaN or infinity on these images: its weights are damaged")
     # First, since a reader such as `head` may end the printing early.
     if args.record:
         runtime.write_record(args.record, args, as_record(file, args.split, evaluation, data.class_names))
