@@ -64,7 +64,8 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], sharded
             all_reduce_sum(counted)
     if not loss.isfinite():
         raise NotFiniteError(
-            f"the model answers with NaN or infinity (loss {loss:g}): its weights or normalization are damaged"
+            f"the model answers with NaN or infinity (loss {loss:g}): its weights or normalization are "
+            "damaged"
         )
     total = int(total_by_class.sum())
     return Evaluation(
