@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.common import cli, errors, files, runtime
-from utils.common.errors import UserError
+from utils.common.errors import UserError, printable
 from utils.open_model import ModelFile, open_model
 from utils.packing.format import is_packed
 from utils.packing.pack import format_sizes, packed_sizes
@@ -56,8 +56,8 @@ def main(args: argparse.Namespace) -> None:
     histograms = {name: layer_weights(file, fold) for name, file in compared.items()}
     sizes = packed_sizes(after.path) if is_packed(after.path) else None
     title = (
-        f"{after.path.name}: {after.metadata.variant}, density {100 * after.metadata.density:.2f} %, "
-        f"{files.file_size_mb(after.path):.2f} MB"
+        f"{printable(after.path.name)}: {after.metadata.variant}, "
+        f"density {100 * after.metadata.density:.2f} %, {files.file_size_mb(after.path):.2f} MB"
     )
     histogram_of = "weight, batch norm folded in" if fold else "weight"
     plot_model(args.o, title, layer_weights(after), sizes, histograms, histogram_of)

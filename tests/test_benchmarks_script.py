@@ -1,5 +1,7 @@
 import csv
 import json
+import os
+import shutil
 from argparse import Namespace
 from dataclasses import replace
 
@@ -158,3 +160,11 @@ def test_a_file_for_an_engine_that_does_not_run_here(benchmark, tiny_scripted, t
     save_torchscript(path, to_torchscript(model, 32), replace(metadata, engine="another"))
     message = benchmark(path, expect=2).stderr
     assert "engine another, which this machine does not support" in message
+
+
+def test_a_name_that_is_not_utf8(benchmark, run_script, scripted, tmp_path):
+    path = os.path.join(tmp_path, os.fsdecode(b"\xff.pt"))
+    shutil.copy(scripted, path)
+    benchmark(path, "--csv", tmp_path / "out.csv")
+    assert r"\udcff.pt" in (tmp_path / "out.csv").read_text()
+    run_script("scripts/plot_model.py", "--weights", path, "--o", tmp_path / "out.png")

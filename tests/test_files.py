@@ -216,3 +216,31 @@ def test_temporary_files_of_killed_runs_are_removed(tmp_path):
         path.touch()
     files.check_output(tmp_path / "a.pth", force=False)
     assert sorted(tmp_path.iterdir()) == sorted(kept)
+
+
+def test_a_file_that_is_no_lock_is_kept(tmp_path):
+    precious = tmp_path / ".out.pth.lock"
+    for content in (b"precious", b"\xff\xfe"):
+        precious.write_bytes(content)
+        with pytest.raises(UserError, match="not a lock"):
+            files.lock(tmp_path / "out.pth")
+        assert precious.read_bytes() == content
+
+
+def test_two_runs_do_not_write_one_output(tmp_path, run_script, tiny_weights):
+    for name in ("out.npz", "m.checkpoint.pth"):
+        code = (
+            f"from utils.common import files; files.lock({str(tmp_path / name)!r}); "
+            "print('locked', flush=True); input()"
+        )
+        with subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as other:
+            assert other.stdout is not None
+            other.stdout.readline()
+            if name == "out.npz":
+                argv = ("scripts/pack_weights.py", "--weights", tiny_weights, "--o", tmp_path / name)
+            else:  # that of m.pt as well
+                argv = ("train.py", "--dataset", "synthetic", "--output", tmp_path / "m.pt")
+            assert f"process {other.pid} is writing" in run_script(*argv, expect=2).stderr
+            other.kill()

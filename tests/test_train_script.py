@@ -257,3 +257,19 @@ def test_a_run_is_resumed_with_the_inputs_that_it_started_with(train, tiny_folde
         weights.model.features[0][0].weight.mul_(2)
     save_weights(start, weights, Namespace())
     assert "their content differs" in train(output, *recipe, "--resume", expect=2).stderr
+
+
+def test_a_run_killed_between_its_record_and_the_end_is_resumed(train, tiny_folder, tmp_path):
+    output, record, saved = tmp_path / "m.pth", tmp_path / "record.json", tmp_path / "saved"
+    checkpoint = tmp_path / "m.checkpoint.pth"
+    data = ("--dataset", "folder", "--data_dir", tiny_folder)
+    kill_after(1, output, (*data, *FAST, "--epochs", 4), signal.SIGKILL)
+    saved.write_bytes(checkpoint.read_bytes())
+    run = ("--epochs", 4, "--record", record, "--resume")
+    train(output, *run)
+    checkpoint.write_bytes(saved.read_bytes())
+    train(output, *run)
+    checkpoint.write_bytes(saved.read_bytes())
+    record.write_text("something else")
+    assert "record.json exists" in train(output, *run, expect=2).stderr
+    assert record.read_text() == "something else"

@@ -150,7 +150,9 @@ def write_csv(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[Se
         UserError: as `atomic_write`.
     """
     with atomic_write(path) as temporary:
-        temporary.write_text("".join(map(format_line, [columns, *rows])), encoding="utf-8")
+        text = "".join(map(format_line, [columns, *rows]))
+        # Names of files may hold bytes that are not UTF-8.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def format_line(cells: Sequence[object]) -> str:

@@ -110,7 +110,7 @@ def lock(output: str | os.PathLike) -> None:
     distributed run takes one; where there is no flock, nothing is locked.
 
     Raises:
-        UserError: another process holds the lock.
+        UserError: another process holds the lock, or a file that is no lock has its name.
     """
     target = Path(os.path.realpath(output))
     if target in _locks or not is_main():
@@ -121,7 +121,7 @@ def lock(output: str | os.PathLike) -> None:
         return
     path = target.with_name(f".{target.name}.lock")
     try:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", errors="replace")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UserError(
@@ -136,7 +136,11 @@ def lock(output: str | os.PathLike) -> None:
         file.close()
         lock(output)
         return
-    file.truncate(0)
+    if (held := file.read(32).strip()) and not held.isdecimal():
+        file.close()
+        raise UserError(f"{path} is not a lock of this project, and its content would be lost: remove it")
+    file.seek(0)
+    file.truncate()
     print(os.getpid(), file=file, flush=True)
     _locks[target] = file
     at_end.append(lambda: unlock(target))

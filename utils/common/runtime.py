@@ -99,7 +99,7 @@ def plain(value: Any) -> Any:
 
 
 def check_outputs(args: Namespace, *flags: str, also: Iterable[Path] = ()) -> None:
-    """Check before the work starts that the outputs can be written, and that none is another file of the run.
+    """Check before the work starts that the outputs can be written and are no other files of the run; lock them.
 
     Args:
         args: with --force, and --record if the script has it. Whatever other argument names a file that
@@ -108,12 +108,17 @@ def check_outputs(args: Namespace, *flags: str, also: Iterable[Path] = ()) -> No
         also: outputs that no flag names.
 
     Raises:
-        UserError: a file exists and --force is off, it cannot be written, or two of them are the same.
+        UserError: a file exists and --force is off, it cannot be written, two of them are the same, or
+            another process is writing one.
     """
     values = {f"--{name}": value for name, value in vars(args).items()}
     names = [f"--{name}" for name in (*flags, "record")]
     outputs = {name: values.pop(name, None) for name in names} | {f"the output {p}": p for p in also}
     inputs = {name: [v for v in _texts(value) if os.path.isfile(v)] for name, value in values.items()}
+    files.check_outputs(outputs, inputs, force=args.force)
+    for path in filter(None, outputs.values()):
+        files.lock(path)
+    # Another run may have written one before it was locked.
     files.check_outputs(outputs, inputs, force=args.force)
 
 

@@ -1,6 +1,7 @@
 """The checkpoint and the epoch table of a training run: written after each epoch, read to resume."""
 
 import csv
+import json
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -60,7 +61,7 @@ class RunConfig:
         return self.output.with_name(f"{_stem(self.output)}.history.csv")
 
     def check_files(self, record: str | os.PathLike | None, read: Paths) -> None:
-        """Lock the output, and check the files before the work starts.
+        """Lock what is written, and check the files before the work starts.
 
         Args:
             record: file for the measured numbers, if they are wanted.
@@ -72,7 +73,9 @@ class RunConfig:
         """
         overwrite = self.force or self.resume
         check_outputs({"--output": self.output}, {}, force=overwrite)
-        lock(self.output)
+        # `m.pt` and `m.pth` have the same checkpoint.
+        for path in filter(None, (self.output, self.checkpoint, record)):
+            lock(path)
         if self.resume and not self.checkpoint.is_file():
             raise UserError(f"--resume finds no checkpoint {self.checkpoint}: start the run without it")
         if not self.resume and not self.force and self.checkpoint.exists():
@@ -82,8 +85,19 @@ class RunConfig:
             )
         written = {"--output": self.output, "the history": self.history, "the checkpoint": self.checkpoint}
         check_outputs(written, {"--record": record, **read}, force=overwrite)
-        # A resumed run has not written its record yet.
-        check_outputs({"--record": record}, read, force=self.force)
+        # A run that was killed at its very end has written its record, but still has its checkpoint.
+        check_outputs({"--record": record}, read, force=self.force or (self.resume and self._wrote(record)))
+
+    def _wrote(self, record: str | os.PathLike | None) -> bool:
+        """Return whether a file is the record of a run with these flags."""
+        if record is None or not os.path.isfile(record):
+            return False
+        try:
+            then = json.loads(Path(record).read_text())["arguments"]
+            must_agree = self.flags.keys() - (FREE_TO_CHANGE - {"output"})
+            return all(then[name] == self.flags[name] for name in must_agree)
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
 
 
 def checkpoint_path(output: str | os.PathLike) -> Path:
