@@ -111,8 +111,6 @@ def open_model(
         tensors = list(source.parameters())
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise UserError(f"{path} holds NaN or infinity: write or fetch it again")
-    if sum(tensor.numel() for tensor in tensors) != metadata.parameters:
-        raise UserError(f"{path} is damaged (not {metadata.parameters} parameters): write or fetch it again")
     supported = eager.supported_engines()
     if metadata.engine not in (None, *supported):
         raise UserError(
