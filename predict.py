@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.checkpoints.weights import ALL_KINDS, add_output_stride_argument
-from utils.common import cli, errors, runtime
+from utils.common import cli, errors, files, runtime
 from utils.common.csv_files import write_csv
 from utils.common.devices import add_device_argument
 from utils.common.errors import UserError, printable
@@ -55,14 +55,14 @@ def list_images(given: Sequence[str]) -> list[Path]:
         if not one.is_dir():
             paths.append(one)
             continue
-        files = [
+        found = [
             path for path in sorted(one.rglob("*")) if not path.name.startswith(".") and not path.is_dir()
         ]
-        images = [path for path in files if path.suffix.lower() in IMAGE_EXTENSIONS]
+        images = [path for path in found if path.suffix.lower() in IMAGE_EXTENSIONS]
         if not images:
             raise UserError(f"{one} holds no images ({', '.join(IMAGE_EXTENSIONS)})")
-        if len(files) > len(images):
-            print(f"note: {len(files) - len(images)} other files in {one} are skipped", file=sys.stderr)
+        if len(found) > len(images):
+            print(f"note: {len(found) - len(images)} other files in {one} are skipped", file=sys.stderr)
         paths += images
     return paths
 
@@ -122,6 +122,7 @@ def main(args: argparse.Namespace) -> None:
         f"class {label}" for label in range(file.metadata.architecture["num_classes"])
     )
     paths = list_images(args.images)
+    files.check_outputs({"--csv": args.csv}, {"an image": paths}, force=args.force)
     file.model.to(device_for(file, args))
     file.use_engine()
 

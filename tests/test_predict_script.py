@@ -115,3 +115,11 @@ def test_answers_that_are_not_finite_are_refused(predict, overflowing_weights, t
     done = predict(tiny_folder / "test", "--csv", csv_file, weights=overflowing_weights, expect=2)
     assert "answers with NaN" in done.stderr
     assert not csv_file.exists()
+
+
+def test_no_image_of_a_folder_is_overwritten(predict, tmp_path):
+    image = tmp_path / "a.png"
+    write_image(image, np.zeros((32, 32, 3), np.uint8))
+    before = image.read_bytes()
+    assert "both name" in predict(tmp_path, "--csv", image, "--force", expect=2).stderr
+    assert image.read_bytes() == before

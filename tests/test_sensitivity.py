@@ -21,7 +21,7 @@ from utils.checkpoints.weights import Weights, save_weights
 from utils.common.errors import UserError
 from utils.data.datasets import Normalization, Split
 from utils.data.loader import Loader
-from utils.evaluation import Evaluation, evaluate
+from utils.evaluation import Evaluation, NotFiniteError, evaluate
 from utils.open_weights import open_weights
 from utils.pruning import sensitivity
 from utils.pruning.scanning_log import COLUMNS, Measurement, ScanningLog, read_scan, recommend
@@ -175,13 +175,14 @@ def test_a_scan_runs_on_the_folded_network_in_the_main(monkeypatch):
     assert probes <= sum(again) < probes + 0.2 * len(plan) * len(batches.split)
 
 
-def test_weights_that_are_nan_behind_a_layer_are_no_reason_to_differ():
+def test_weights_that_are_nan_behind_a_layer_are_refused_as_without_shortcuts():
     model, batches = learned_model()
     with torch.no_grad():
         model.features[18][1].bias.fill_(float("nan"))
-    evaluations = list(measure(model, batches, [("features.3.conv.2", 0.5)]))
-    plain = evaluate_with_pruned_layer(model, batches, "features.3.conv.2", 0.5)
-    assert evaluations[0].correct_by_class == plain.correct_by_class
+    with pytest.raises(NotFiniteError):
+        list(measure(model, batches, [("features.3.conv.2", 0.5)]))
+    with pytest.raises(NotFiniteError):
+        evaluate_with_pruned_layer(model, batches, "features.3.conv.2", 0.5)
 
 
 @pytest.mark.parametrize(

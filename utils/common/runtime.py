@@ -99,7 +99,7 @@ def plain(value: Any) -> Any:
 
 
 def check_outputs(args: Namespace, *flags: str, also: Iterable[Path] = ()) -> None:
-    """Lock the outputs, and check before the work starts that they can be written and are no other files.
+    """Check, before the work, that the outputs can be written and are no other file of the run; lock them.
 
     Args:
         args: with --force, and --record if the script has it. Whatever other argument names a file that

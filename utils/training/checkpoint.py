@@ -74,7 +74,7 @@ class RunConfig:
         overwrite = self.force or self.resume
         check_outputs({"--output": self.output}, {}, force=overwrite)
         # `m.pt` and `m.pth` have the same checkpoint.
-        for path in filter(None, (self.output, self.checkpoint, record)):
+        for path in (self.output, self.checkpoint, *([record] if record else [])):
             lock(path)
         if self.resume and not self.checkpoint.is_file():
             raise UserError(f"--resume finds no checkpoint {self.checkpoint}: start the run without it")
