@@ -308,12 +308,6 @@ def test_metadata_of_another_make(refused, content, changes):
     assert "damaged or not of this project" in refused(with_metadata(content, **changes))
 
 
-def test_another_number_of_parameters_than_the_tensors_have(refused, content):
-    assert "is damaged (not 12345 parameters)" in refused(
-        with_metadata(content, parameters=12345), open_model
-    )
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_tensors_that_are_not_finite(refused, float_content, value):
     def replacement(entry):

@@ -621,3 +621,9 @@ def test_a_safetensors_file_names_the_package_that_reads_it(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(bytes(20))
     with pytest.raises(UserError, match=r"pip install safetensors|is no safetensors file"):
         open_weights(tmp_path / "a.safetensors")
+
+
+def test_a_dictionary_that_holds_itself_is_refused(refused):
+    content: dict = {}
+    content["model"] = content
+    assert "is not a MobileNetV2" in refused(content)

@@ -27,6 +27,7 @@ WRAPPERS = (
     "net",
 )
 """The keys under which checkpoints hold a state_dict, the preferred first."""
+DEEPEST_WRAPPER = 4
 LEFTOVERS = ("total_ops", "total_params", "n_averaged")
 """What counting tools and averaged models add to a state_dict."""
 STEM = re.compile(r"(^|\.)features\.0\.0\.weight(_orig)?$")
@@ -79,7 +80,10 @@ def unwrap(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
         UserError: it holds another model, or none; the message says what it holds.
     """
     state, notes = content, []
-    while wrapper := next((key for key in WRAPPERS if isinstance(state.get(key), dict)), None):
+    for _ in range(DEEPEST_WRAPPER):  # a dictionary may hold itself
+        wrapper = next((key for key in WRAPPERS if isinstance(state.get(key), dict)), None)
+        if wrapper is None:
+            break
         notes.append(f"took {wrapper!r}" + (" (averaged weights)" if "ema" in wrapper else ""))
         state = state[wrapper]
     tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
