@@ -17,11 +17,12 @@ from tqdm import tqdm
 from utils.checkpoints.weights import ALL_KINDS, add_output_stride_argument
 from utils.common import cli, errors, files, runtime
 from utils.common.csv_files import write_csv
-from utils.common.devices import add_device_argument
+from utils.common.devices import add_device_argument, device_of
 from utils.common.errors import UserError, printable
 from utils.data.datasets import given_normalization
 from utils.data.image_file import IMAGE_EXTENSIONS, read_image
 from utils.data.loader import normalize
+from utils.evaluation import NotFiniteError
 from utils.open_model import ModelFile, device_for, open_model
 
 Prediction = list[tuple[str, float]]
@@ -97,13 +98,12 @@ def predict(file: ModelFile, pixels: Tensor, class_names: Sequence[str], top_k: 
         pixels: (B, 3, H, W) uint8, of the model's image size.
 
     Raises:
-        UserError: a logit is not finite.
+        NotFiniteError: a logit is not finite.
     """
     assert file.metadata.normalization is not None
-    device = next((p.device for p in file.model.parameters()), torch.device("cpu"))
-    logits = file.model(normalize(pixels, file.metadata.normalization).to(device))
+    logits = file.model(normalize(pixels, file.metadata.normalization).to(device_of(file.model)))
     if not logits.isfinite().all():
-        raise UserError(f"{file.path} answers with NaN or infinity: its weights or normalization are damaged")
+        raise NotFiniteError
     probabilities, classes = (100 * logits.softmax(1)).topk(min(top_k, logits.shape[1]))
     return [
         [(class_names[label], percent) for label, percent in zip(*row, strict=True)]

@@ -568,3 +568,27 @@ def test_the_header_is_first_and_small(packed):
     assert file.archive.size(HEADER) < 900
     header = packed_sizes(packed["ptq_per_tensor"]).query("kind == 'header'")["bytes"].item()
     assert header < 2500
+
+
+def test_arrays_that_belong_to_nothing(packed, refused):
+    for more in ("more", "checksums", "values", "values.4"):
+
+        def change(_, arrays, more=more):
+            arrays[more] = np.zeros(1, np.uint8)
+
+        assert "members that belong to nothing" in refused(rewritten(packed["float32"], change))
+
+
+@pytest.mark.parametrize("encodings", ["x" * 53, "d" * 52, ["d"] * 54])
+def test_other_encodings(packed, refused, encodings):
+    def change(header, _):
+        header["encodings"] = encodings
+
+    assert "other encodings" in refused(rewritten(packed["float32"], change))
+
+
+def test_a_type_of_a_stream_that_is_not_there(packed, refused):
+    def change(header, _):
+        header["types"]["scales"] = "float32"
+
+    assert "other streams" in refused(rewritten(packed["float32"], change))

@@ -94,6 +94,8 @@ def test_masks_and_gaps_that_do_not_fit_are_noticed():
         find_values(np.zeros(1, np.uint8), np.zeros(0, np.uint8), [9], MASK)
     with pytest.raises(IndexError):
         find_values(np.zeros(0, np.uint8), np.full(1, 3, np.uint8), [3], GAPS)
+    with pytest.raises(ValueError, match="belong to no weight"):
+        find_values(np.array([0b11100001], np.uint8), np.zeros(0, np.uint8), [3], MASK)
 
 
 def test_each_tensor_takes_what_is_smallest_for_it():

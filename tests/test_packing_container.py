@@ -174,3 +174,11 @@ def test_a_short_member(tmp_path, refused, offset):
     content = archive_of(b" " * 2000, zipfile.ZIP_LZMA)
     start = content.index(b"PK\x01\x02")
     refused(content[:offset] + content[start:])
+
+
+def test_a_name_that_comes_twice(tmp_path, refused):
+    path = tmp_path / "twice.packed"
+    with pytest.warns(UserWarning), zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(HEADER, "{}")
+        archive.writestr(HEADER, "[]")
+    assert "names a member twice" in refused(path.read_bytes())

@@ -262,10 +262,12 @@ def test_state_goes_on_where_it_stopped():
         assert torch.equal(value, stopped.state_dict()[name]), name
 
 
-def test_state_of_another_model_is_refused():
+def test_state_of_other_targets_or_another_model_is_refused():
     model = small_model()
     names = list(prunable_layers(model))
     pruner = FineGrainedPruner(model, {names[0]: 0.5})
+    with pytest.raises(UserError, match="--sparsity_dict"):
+        pruner.load_state_dict(FineGrainedPruner(model, {names[0]: 0.4}).state_dict())
     wider = FineGrainedPruner(MobileNetV2(num_classes=3, width_mult=0.5), {names[0]: 0.5})
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="another model"):
         pruner.load_state_dict(wider.state_dict())

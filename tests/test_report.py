@@ -42,6 +42,7 @@ def test_blocks_are_made_of_the_results_alone(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        ({"seconds": {"ours": float("nan")}}, "nan is not a number"),
         ({"seconds": {"ours": "25"}}, "unsupported operand"),
         ({"seconds": {"ours": None}}, "unsupported operand"),
         ({"ratio": None}, "unsupported format string"),
@@ -88,7 +89,7 @@ def test_allocations_by_method_and_density(tmp_path):
         write(tmp_path, f"allocation/{name}", {"val_accuracy_pct": 90.0}, epochs=1)
     assert "recovery of 1 epoch;" in lines_of(tmp_path, "allocation_table")[-1]
     write(tmp_path, "allocation/erk_100", {"val_accuracy_pct": None}, epochs=1)
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="None is not a number"):
         lines_of(tmp_path, "allocation_table")
 
 

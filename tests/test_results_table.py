@@ -175,8 +175,9 @@ FAULTS = {
     "binary": (lambda record: b"\xff\xfe\x00", r"evaluate/float\.json is not a valid record"),
     "no_object": (lambda record: "[]", "a record for results_table under .* is not valid"),
     "no_accuracy": (lambda record: record.replace("accuracy_pct", "accuracy"), "no 'accuracy_pct'"),
-    "text": (lambda record: record.replace("8.76", '"8.76"'), "results_table"),
-    "null": (lambda record: record.replace("92.0", "null"), "results_table"),
+    "text": (lambda record: record.replace("8.76", '"8.76"'), "'8.76' is not a number"),
+    "nan": (lambda record: record.replace("92.0", "NaN"), "nan is not a number"),
+    "null": (lambda record: record.replace("92.0", "null"), "None is not a number"),
     "on_val": (lambda record: record.replace('"test"', '"val"'), r"evaluate/float\.json.*split val"),
 }
 

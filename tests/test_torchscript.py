@@ -572,3 +572,17 @@ def test_a_float_file_of_another_type_or_shape(refused, float_content):
         assert f"it holds torch.{other}" in refused(changed)
     other = dict(METADATA.architecture, width_mult=0.2)
     assert "damaged or not of this project" in refused(with_metadata(float_content, architecture=other))
+
+
+def test_an_archive_of_very_many_parts_is_refused(refused, content):
+    packed = io.BytesIO(content)
+    with zipfile.ZipFile(packed, "a") as archive:
+        for index in range(4097):
+            archive.writestr(f"archive/more/{index}", b"")
+    assert "parts" in refused(packed.getvalue())
+
+
+def test_another_number_of_parameters_than_the_tensors_have(refused, content):
+    assert "is damaged (not 12345 parameters)" in refused(
+        with_metadata(content, parameters=12345), open_model
+    )

@@ -14,6 +14,9 @@ from utils.common.errors import UserError
 class NotFiniteError(UserError):
     """A model answers with NaN or infinity, which no file may record."""
 
+    def __init__(self) -> None:
+        super().__init__("the model answers with NaN or infinity: its weights or normalization are damaged")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -63,10 +66,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], sharded
         for counted in (loss, correct_by_class, total_by_class):
             all_reduce_sum(counted)
     if not loss.isfinite():
-        raise NotFiniteError(
-            f"the model answers with NaN or infinity (loss {loss:g}): its weights or normalization are "
-            "damaged"
-        )
+        raise NotFiniteError
     total = int(total_by_class.sum())
     return Evaluation(
         correct=int(correct_by_class.sum()),

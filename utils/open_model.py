@@ -18,6 +18,7 @@ from utils.checkpoints.weights import (
     check_classes,
     choose_normalization,
     is_torchscript,
+    normalization_for,
 )
 from utils.common.devices import choose_device
 from utils.common.errors import UserError
@@ -60,12 +61,10 @@ class ModelFile:
         Raises:
             UserError: it has none and none is given, or the two differ.
         """
-        own = self.metadata.normalization
-        if own is None and given is None:
+        chosen = choose_normalization(self.path, self.metadata.normalization, given)
+        if chosen is None:
             raise UserError(f"{self.path} does not say its normalization: give --normalization")
-        if None not in (own, given) and own != given:
-            raise UserError(f"{self.path} has another normalization than --normalization: leave that out")
-        return replace(self, metadata=replace(self.metadata, normalization=own or given))
+        return replace(self, metadata=replace(self.metadata, normalization=chosen))
 
     def fit(self, data: ImageData) -> Normalization:
         """Check that the data set has the classes of the model, and return the normalization to use.
@@ -75,7 +74,7 @@ class ModelFile:
         """
         classes = self.metadata.architecture["num_classes"]
         check_classes(self.path, self.metadata.class_names, classes, data)
-        return choose_normalization(self.path, self.metadata.normalization, data)
+        return normalization_for(self.path, self.metadata.normalization, data)
 
 
 def open_model(
@@ -111,6 +110,8 @@ def open_model(
         tensors = list(source.parameters())
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise UserError(f"{path} holds NaN or infinity: write or fetch it again")
+    if sum(tensor.numel() for tensor in tensors) != metadata.parameters:
+        raise UserError(f"{path} is damaged (not {metadata.parameters} parameters): write or fetch it again")
     supported = eager.supported_engines()
     if metadata.engine not in (None, *supported):
         raise UserError(

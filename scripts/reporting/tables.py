@@ -1,6 +1,7 @@
 """Tables of the records under results/, as Markdown; the same records give the same text."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -64,7 +65,8 @@ def markdown_table(headers: str, template: str, rows: Iterable[Values], note: st
 
     Args:
         headers: column headers, separated by ` | `.
-        template: of a row, such as `{model} | {ratio:.2f}×`; a cell with a field that is None becomes a dash.
+        template: of a row, such as `{model} | {ratio:.2f}×`. A field with a format must be a number; a
+            cell with a field that is None becomes a dash.
         rows: values by name.
         note: the line below the table.
     """
@@ -74,9 +76,17 @@ def markdown_table(headers: str, template: str, rows: Iterable[Values], note: st
 
 
 def _cell(template: str, row: Values) -> str:
-    if any(name and row[name] is None for _, name, _, _ in Formatter().parse(template)):
+    fields = [(name, form) for _, name, form, _ in Formatter().parse(template) if name]
+    if any(row[name] is None for name, _ in fields):
         return NO_VALUE
-    return template.format_map(row)
+    return template.format_map({name: number(row[name]) if form else row[name] for name, form in fields})
+
+
+def number(value: object) -> float:
+    """Return a value of a record; raise ValueError if it is not a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is not a number")
+    return value
 
 
 def model_rows(results: Path) -> tuple[list[Values], str]:
@@ -100,12 +110,12 @@ def model_rows(results: Path) -> tuple[list[Values], str]:
     timed = {os.path.normpath(row["file"]): row for row in rows_timed}
     for name in sorted(runs, key=_identify):
         row = _names(name, "ours", *_identify(name)[1:])
-        row |= {key: fmean(run["results"][key] for run in runs[name]) for key in FIGURES}
+        row |= {key: fmean(number(run["results"][key]) for run in runs[name]) for key in FIGURES}
         files = [os.path.normpath(run["arguments"]["weights"]) for run in runs[name]]
         row |= next((timed[file] for file in files if file in timed), {})
         if "float" in runs:
             # + 0.0 turns -0.0 into 0.0.
-            dense = runs["float"][0]["results"]["accuracy_pct"]
+            dense = number(runs["float"][0]["results"]["accuracy_pct"])
             row["points"] = round(row["accuracy_pct"] - dense, 2) + 0.0
         if f"evaluate/{name}" not in evaluated:
             row["label"] += f", n = {len(runs[name])}"
@@ -181,7 +191,9 @@ def allocation_table(results: Path) -> str:
     for target in targets:
         of_target = [records.get(f"allocation/{method}_{target}") for method in METHODS]
         # Rounded, so that equal figures are all bold or none.
-        cells = [f"{found['results']['val_accuracy_pct']:.2f}" if found else None for found in of_target]
+        cells = [
+            f"{number(found['results']['val_accuracy_pct']):.2f}" if found else None for found in of_target
+        ]
         best = max(filter(None, cells), key=float)
         for row, cell in zip(rows, cells, strict=True):
             row[f"at_{target}"] = f"**{cell}**" if cell == best else cell

@@ -2,7 +2,6 @@
 
 import math
 import re
-import sys
 import urllib.error
 from pathlib import Path
 from typing import Any
@@ -69,8 +68,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is no safetensors file or damaged ({one_line(error)[:120]})") from error
 
 
-def unwrap(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the state_dict of a MobileNetV2 in someone's checkpoint, and print what was done to get it.
+def unwrap(path: Path, content: dict[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the state_dict of a MobileNetV2 in someone's checkpoint, and what was done to get it.
 
     Known are dictionaries around it (the average of the weights is preferred), prefixes of DataParallel,
     torch.compile, Lightning and averaged models, what torch.nn.utils.prune and counting tools leave, and
@@ -117,9 +116,8 @@ def unwrap(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     for name in [name for name in named if name.endswith(".running_var")]:
         # Batch norms of old versions of torch do not count their batches.
         named.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0))
-    if notes:
-        print(f"note: {path}: {'; '.join(notes)}", file=sys.stderr)
-    return {name: value.float() if value.is_floating_point() else value for name, value in named.items()}
+    floats = {name: value.float() for name, value in named.items() if value.is_floating_point()}
+    return named | floats, notes
 
 
 def _describe(content: dict[str, Any], tensors: dict[str, Tensor]) -> str:

@@ -26,7 +26,7 @@ from utils.checkpoints.metadata import (
 )
 from utils.checkpoints.pickles import NAMES_OF_TENSORS, NotPlainError, check_pickle
 from utils.common.errors import UserError, one_line
-from utils.common.files import atomic_write
+from utils.common.files import save_torch
 from utils.common.runtime import plain, versions
 from utils.data.datasets import DEFAULT_IMAGE_SIZE, ImageData, Normalization, measure_normalization
 
@@ -90,13 +90,14 @@ def save_weights(path: str | os.PathLike, weights: Weights, args: Namespace) -> 
         "arguments": plain(args),
         "versions": versions(),
     }
-    with atomic_write(path) as temporary:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
+
+    def read_back(temporary: Path) -> None:
         try:
             weights_from_content(Path(path), read_pickle(temporary), weights.kind, None)
         except UserError as error:
             raise UserError(f"{error}; it is not written") from error
+
+    save_torch(path, content, read_back)
 
 
 def weights_from_content(
@@ -116,13 +117,14 @@ def weights_from_content(
     kinds = (kinds,) if isinstance(kinds, str) else kinds
     wanted = " or ".join(DESCRIPTIONS[kind] for kind in kinds)
     is_bare = "format" not in content
+    notes: list[str] = []
     if not is_bare and (not isinstance(content["format"], str) or content["format"] != FORMAT):
         raise UserError(
             f"{path} has the format {shown(content['format'])}, not that of weights: to get weights from the "
             "checkpoint of an unfinished run, resume the run and let it finish"
         )
     if is_bare:
-        state = unwrap(path, content)
+        state, notes = unwrap(path, content)
         content = {"kind": "float", "architecture": architecture_of(path, state), "state_dict": state}
         content["format_version"] = FORMAT_VERSION
         if kinds == ("qmodel",):
@@ -139,11 +141,12 @@ def weights_from_content(
         raise UserError(f"{path} is {DESCRIPTIONS[found]}, {wanted} is wanted here")
     weights = _rebuild(path, content, output_stride)
     if is_bare and output_stride is None:
-        print(
-            f"note: {path} is a bare state_dict, which does not say its output stride: "
-            f"{weights.model.architecture['output_stride']} is assumed (--output_stride)",
-            file=sys.stderr,
+        stride = weights.model.architecture["output_stride"]
+        notes.append(
+            f"a bare state_dict does not say its output stride: {stride} is assumed (--output_stride)"
         )
+    if notes:
+        print(f"note: {path}: {'; '.join(notes)}", file=sys.stderr)
     return weights
 
 
@@ -245,24 +248,32 @@ def check_classes(
 
 
 def choose_normalization(
-    path: str | os.PathLike, own: Normalization | None, data: ImageData
-) -> Normalization:
-    """Return the normalization of a file, or else that of --normalization or of the training images.
+    path: str | os.PathLike, own: Normalization | None, given: Normalization | None
+) -> Normalization | None:
+    """Return the normalization of a file, or else that of --normalization; None if neither is known.
 
     Raises:
         UserError: --normalization differs from that of the file.
     """
-    if own is None:
-        if data.normalization is None:
-            print(
-                f"note: {path} does not say its normalization: that of the training images is assumed "
-                "(--normalization)",
-                file=sys.stderr,
-            )
-        return measure_normalization(data)
-    if data.normalization not in (None, own):
+    if None not in (own, given) and own != given:
         raise UserError(f"{path} has another normalization than --normalization: leave that out")
-    return own
+    return own or given
+
+
+def normalization_for(path: str | os.PathLike, own: Normalization | None, data: ImageData) -> Normalization:
+    """Return what `choose_normalization` does, or else that of the training images, with a note.
+
+    Raises:
+        UserError: as `choose_normalization`.
+    """
+    chosen = choose_normalization(path, own, data.normalization)
+    if chosen is None:
+        print(
+            f"note: {path} does not say its normalization: that of the training images is assumed "
+            "(--normalization)",
+            file=sys.stderr,
+        )
+    return chosen or measure_normalization(data)
 
 
 def complete(path: str | os.PathLike, weights: Weights, data: ImageData) -> CompleteWeights:
@@ -278,7 +289,7 @@ def complete(path: str | os.PathLike, weights: Weights, data: ImageData) -> Comp
         model=weights.model,
         kind=weights.kind,
         class_names=data.class_names,
-        normalization=choose_normalization(path, weights.normalization, data),
+        normalization=normalization_for(path, weights.normalization, data),
         image_size=data.test.images.shape[-1],
         metrics=weights.metrics,
     )

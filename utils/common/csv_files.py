@@ -66,7 +66,8 @@ class Row:
             UserError: the cell holds anything else.
         """
         try:
-            value = kind(self[column])
+            # Both would accept 1_000 as well, which can only be a mistake here.
+            value = kind(self[column].replace("_", "?"))
             if math.isfinite(value):
                 return value
         except (ValueError, OverflowError):

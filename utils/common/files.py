@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -196,15 +196,24 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def save_torch(path: str | os.PathLike, content: Any) -> None:
+def save_torch(
+    path: str | os.PathLike, content: Any, read_back: Callable[[Path], None] = lambda _written: None
+) -> None:
     """Call `torch.save` within `atomic_write`; the bytes do not depend on the file's name.
 
+    Args:
+        path: of the file.
+        content: what torch.save takes.
+        read_back: called with the written file before it takes its place; raises if it is not right.
+
     Raises:
-        UserError: as `atomic_write`.
+        UserError: as `atomic_write`, or from `read_back`.
     """
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        # Given a path, torch would store the temporary name in the file.
-        torch.save(content, file)
+    with atomic_write(path) as temporary:
+        with open(temporary, "wb") as file:
+            # Given a path, torch would store the temporary name in the file.
+            torch.save(content, file)
+        read_back(temporary)
 
 
 def _create_temporary(target: Path) -> Path:

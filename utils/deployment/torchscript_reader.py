@@ -29,6 +29,7 @@ from utils.quantization.int8_model import Int8Model, QParams, activation_names, 
 
 LARGEST_TEXT = 2**20
 """Bytes of any part but the tensors: metadata, code, pickle."""
+LARGEST_NUMBER_OF_MEMBERS = 4096
 LONGEST_LINE = 200
 """Characters of a line of code: the expressions below take the square of them."""
 STORAGES = {
@@ -86,6 +87,8 @@ def _read_metadata(path: Path, archive: zipfile.ZipFile) -> Metadata:
             f"{path} is a TorchScript file of another project: only files of "
             "post_training_quantization.py and quantization_aware_training.py are opened"
         )
+    if len(archive.infolist()) > LARGEST_NUMBER_OF_MEMBERS:
+        raise ValueError(f"it has {len(archive.infolist())} parts")
     for member in archive.infolist():
         # A compressed one could be far larger than the file.
         if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:

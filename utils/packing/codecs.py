@@ -117,14 +117,19 @@ def find_values(
         sizes, encodings: as for `split_zeros`.
 
     Raises:
-        ValueError, IndexError: `mask` or `gaps` does not fit the tensors.
+        ValueError, IndexError: the encodings, `mask` or `gaps` do not fit the tensors.
     """
+    if len(encodings) != len(sizes) or set(encodings) - {DENSE, MASK, GAPS}:
+        raise ValueError(f"it has other encodings than one of {DENSE}, {MASK}, {GAPS} for each tensor")
     is_masked, has_gaps = _encoded_as((MASK, GAPS), sizes, encodings)
     stored = ~(is_masked | has_gaps)
     count = np.count_nonzero(is_masked)
     if len(mask) != -(-count // 8):
         raise ValueError(f"the mask has {len(mask)} bytes for {count} weights")
-    stored[is_masked] = np.unpackbits(mask)[:count]
+    bits = np.unpackbits(mask)
+    if bits[count:].any():
+        raise ValueError("the mask has bits that belong to no weight")
+    stored[is_masked] = bits[:count]
     stored[np.flatnonzero(has_gaps)[from_gaps(gaps)]] = True
     return stored
 

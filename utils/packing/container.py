@@ -76,7 +76,10 @@ class Archive:
     def __init__(self, path: str | os.PathLike) -> None:
         self.content = Path(path).read_bytes()
         self._archive = zipfile.ZipFile(io.BytesIO(self.content))
-        self.entries = {entry.filename.removesuffix(".npy"): entry for entry in self._archive.infolist()}
+        entries = self._archive.infolist()
+        self.entries = {entry.filename.removesuffix(".npy"): entry for entry in entries}
+        if len(self.entries) != len(entries):
+            raise ValueError("it names a member twice")
 
     def size(self, name: str) -> int:
         """Return the compressed bytes of a member, or of all planes of a stream (`name.0`, …)."""

@@ -25,6 +25,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -146,12 +147,20 @@ class PackedFile:
         """
         by_stream = {stream: [slot for slot in slots if slot.stream == stream] for stream in STREAMS}
         by_stream = {stream: members for stream, members in by_stream.items() if members}
+        if set(self.header["types"]) != set(by_stream):
+            raise ValueError("it has other streams")
         dtypes = {stream: self.header["types"][stream] for stream in by_stream}
         if any(dtype not in types[stream] for stream, dtype in dtypes.items()):
             raise ValueError(f"its streams have the types {dtypes}")
         size = sum(slot.size * np.dtype(dtypes[slot.stream]).itemsize for slot in slots)
         if size > FREE_BYTES + LARGEST_RATIO * len(self.archive.content):
             raise ValueError(f"it is too small for {size} bytes of tensors")
+        planes = {stream: self._planes(stream, np.dtype(dtype)) for stream, dtype in dtypes.items()}
+        known = {HEADER, "mask", "gaps", *chain(*planes.values())}
+        if self.header["format_version"] == JOINED_PLANES_VERSION:
+            known.add("checksums")
+        if set(self.archive.entries) - known:
+            raise ValueError("it has members that belong to nothing")
 
         tensors: dict[str, np.ndarray] = {}
         for stream, members in by_stream.items():
@@ -166,11 +175,14 @@ class PackedFile:
             tensors |= {s.name: part.reshape(s.shape) for s, part in zip(members, parts, strict=True)}
         return tensors
 
+    def _planes(self, stream: str, dtype: np.dtype) -> list[str]:
+        """Return the names of the arrays that hold a stream."""
+        is_joined = self.header["format_version"] == JOINED_PLANES_VERSION
+        return [stream] if is_joined else [f"{stream}.{index}" for index in range(dtype.itemsize)]
+
     def _numbers(self, stream: str, count: int, dtype: np.dtype) -> np.ndarray:
         """Return the values (count,) of a stream."""
-        planes = (
-            [stream] if stream in self.archive.entries else [f"{stream}.{i}" for i in range(dtype.itemsize)]
-        )
+        planes = self._planes(stream, dtype)
         data = np.concatenate([self.archive.array(name, count * dtype.itemsize) for name in planes])
         values = from_planes(data.reshape(dtype.itemsize, count), dtype)
         if dtype.kind == "f" and not np.isfinite(values).all():

@@ -115,15 +115,31 @@ class FineGrainedPruner:
         return {name: int(mask.sum()) for name, mask in self.masks.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step count, the masks, and where the ramp starts."""
-        return {"steps": self.steps, "masks": dict(self.masks), "initial": dict(self._initial)}
+        """Return the step count, the masks, and where the ramp starts and ends."""
+        return {
+            "steps": self.steps,
+            "masks": dict(self.masks),
+            "initial": dict(self._initial),
+            "keep_ratios": dict(self.keep_ratios),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the `state_dict` of a pruner with the same targets.
 
         Raises:
-            RuntimeError: the masks are those of another model.
+            UserError: the targets differ.
+            ValueError: the masks are those of another model.
         """
+        if state["keep_ratios"] != self.keep_ratios:
+            raise UserError(
+                "the fractions to keep differ from those that the run began with: "
+                "give the same --sparsity_dict, or start again with --force"
+            )
+        shapes = [
+            {name: mask.shape for name, mask in masks.items()} for masks in (state["masks"], self.masks)
+        ]
+        if shapes[0] != shapes[1]:
+            raise ValueError("the masks are those of another model")
         self._set_masks(state["masks"])
         self.steps, self._initial = state["steps"], state["initial"]
 
