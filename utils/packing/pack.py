@@ -61,7 +61,7 @@ def check_same(path: str | os.PathLike, source: Source, dtype: str) -> str:
         found = float_weights.read_weights(path)["state_dict"]
     else:
         expected, found = _tensors(source[0]), _tensors(int8_weights.read_int8(path)[0])
-    if list(expected) != list(found):
+    if expected.keys() != found.keys():
         raise RuntimeError(f"{path}: the list of tensors did not come back")
     differing = [name for name in expected if _bits(expected[name]) != _bits(found[name])]
     if differing:
